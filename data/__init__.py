@@ -1,0 +1,1 @@
+"""From annotation files to tensors: index, mixture, packing, step plan and loader; nothing of training."""

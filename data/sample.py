@@ -1,0 +1,68 @@
+"""Expands one sample of the index to the token sequence that the LLM sees.
+
+collapsed ids   … <img> </img> …          insert_at = 5, 2 tiles of 4 tokens
+                      │ insert
+tokens          … <img> C C C C C C C C </img> …       runs = [(5, 8)]
+labels          the token one to the right where it is supervised, else -100
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evovlm.data.chat import expand
+from evovlm.data.index import ImageRef, Index
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class ExpandedSample:
+    """One sample as the LLM sees it; L is its expanded length.
+
+    Attributes:
+        tokens: int32 [L], the image-context id at every visual position.
+        labels: int64 [L], already shifted: ``labels[t]`` is the target of row t; -100 where there is none, so always
+            in the last row.
+        runs: (start, length) of each image's visual tokens in ``tokens``, in order.
+        refs: the images, in the order of ``runs``.
+    """
+
+    tokens: NDArray[np.int32]
+    labels: NDArray[np.int64]
+    runs: list[tuple[int, int]]
+    refs: list[ImageRef]
+
+
+def expand_sample(index: Index, sample: int, *, image_context: int) -> ExpandedSample:
+    """Read a sample and put its visual tokens and shifted labels in place.
+
+    Args:
+        index: an open index.
+        sample: row of ``index.samples``.
+        image_context: id of ``<IMG_CONTEXT>``.
+
+    Returns:
+        The expanded sample; its length is ``index.samples[sample]["num_tokens"]``.
+
+    Raises:
+        ValueError: the expanded sample is not what its row in the index says (a damaged index).
+    """
+    ids, supervised = index.tokens(sample)
+    refs = index.image_refs(sample)
+    lengths = np.array([ref.num_tiles for ref in refs], dtype=np.int64) * index.meta.tokens_per_tile
+    insert_at = np.array([ref.insert_at for ref in refs], dtype=np.int64)
+
+    total = len(ids) + int(lengths.sum())
+    if total != int(index.samples[sample]["num_tokens"]):
+        raise ValueError(
+            f"sample '{index.name(sample)}': {len(ids)} stored and {int(lengths.sum())} visual tokens, but the index "
+            f"says {int(index.samples[sample]['num_tokens'])} in all: rebuild the index"
+        )
+    tokens, supervised = expand(ids, supervised, insert_at, lengths, image_context)
+    labels = np.full(total, IGNORE, dtype=np.int64)
+    labels[:-1] = np.where(supervised[1:], tokens[1:], IGNORE)
+    starts = insert_at + np.cumsum(lengths) - lengths  # the runs before an image push it to the right
+    runs = list(zip(starts.tolist(), lengths.tolist(), strict=True))
+    return ExpandedSample(tokens, labels, runs, refs)

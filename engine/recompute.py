@@ -1,0 +1,54 @@
+"""Activation checkpointing of blocks: keep everything, recompute all, or recompute all but the costly matmuls.
+
+none       activations of a block are kept                        fastest, most memory
+selective  outputs of matmuls and attention are kept, the rest (norms, activations, rotary) is recomputed
+full       only a block's input is kept                           slowest, least memory
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from evovlm.parallel.sharded_data import units_of
+
+Recompute = Literal["none", "selective", "full"]
+
+_KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def _policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def apply_recompute(model: nn.Module, blocks: Mapping[str, str], modes: Mapping[str, Recompute]) -> None:
+    """Wrap the forward of blocks in checkpointing; parameter names do not change. Call before sharding.
+
+    Args:
+        model: The model, changed in place.
+        blocks: Path pattern → module name, as :data:`evovlm.models.sharding.CHECKPOINTED_BLOCKS`.
+        modes: Module name → mode; absent means ``none``.
+    """
+    wanted = {pattern: module for pattern, module in blocks.items() if modes.get(module, "none") != "none"}
+    for path, module in units_of(model, wanted):
+        block = model.get_submodule(path)
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        if modes[module] == "selective":
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+        # On the instance, so that hooks of fully_shard still run around it and state dicts keep their names.
+        block.forward = partial(checkpoint, block.forward, **options)

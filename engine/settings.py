@@ -1,0 +1,198 @@
+"""The settings of a run, typed; a recipe is one of these written as TOML.
+
+Every class forbids unknown keys. A stage is not another trainer: it is a small table of what differs
+(:mod:`evovlm.engine.stages`).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from evovlm.engine.recompute import Recompute
+from evovlm.engine.stages import PretrainStage, SFTStage
+
+Precision = Literal["float32", "bfloat16", "float64"]
+Module = Literal["vit", "projector", "llm"]
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """Dtypes of a precision: master weights, and what forward and backward compute in."""
+
+    master: torch.dtype
+    compute: torch.dtype
+
+
+DTYPES: dict[Precision, Dtypes] = {
+    "float32": Dtypes(torch.float32, torch.float32),
+    "bfloat16": Dtypes(torch.float32, torch.bfloat16),
+    "float64": Dtypes(torch.float64, torch.float64),
+}
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(Settings):
+    """Which model, and where its weights come from.
+
+    Weights come from exactly one of: ``from_dir`` (an InternVL directory in either published format, or an evovlm
+    export), ``vit_from`` and ``llm_from`` together (native pre-training: the projector is random), or ``size`` alone
+    (random weights).
+    """
+
+    size: str | None = None
+    """Name of a size (``evovlm models`` lists them): random weights."""
+    from_dir: Path | None = None
+    """Directory of a whole model."""
+    vit_from: Path | None = None
+    """Directory of a ViT checkpoint."""
+    llm_from: Path | None = None
+    """Directory of a base language model."""
+    tokenizer: Path | None = None
+    """Tokenizer directory; the one in ``from_dir`` or ``llm_from`` by default."""
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    """Drop path rate of the ViT's last block."""
+    freeze: tuple[Module, ...] = ()
+    """Modules that are not trained."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "ModelSettings":
+        parts = self.vit_from is not None or self.llm_from is not None
+        if (self.vit_from is None) != (self.llm_from is None):
+            raise ValueError("vit_from and llm_from go together: both start native pre-training")
+        given = [self.size is not None, self.from_dir is not None, parts]
+        if sum(given) != 1:
+            raise ValueError("give exactly one of: size, from_dir, or vit_from with llm_from")
+        return self
+
+
+class DataSettings(Settings):
+    """What is read, and how it is packed into steps."""
+
+    index: Path
+    """Index directory, made by ``evovlm index``."""
+    val_index: Path | None = None
+    """Index of held-out data for the validation loss."""
+    test_index: Path | None = None
+    """Index of test questions, one dataset per task, for ``evovlm evaluate``."""
+    pack_tokens: int = Field(16384, gt=0)
+    """T, tokens of one pack."""
+    pack_tiles: int = Field(48, gt=0)
+    """Most tiles of one pack."""
+    packs_per_step: int = Field(gt=0)
+    """G, packs of one optimizer step over all ranks; fixed by the recipe, whatever the layout."""
+    window: int = Field(16384, gt=0)
+    """Samples that are packed together."""
+    weights: dict[str, float] = {}
+    """Sampling weight per dataset of the index; absent means its number of samples times its repeat_time."""
+    replacement: bool = False
+    """Draw with replacement by weight instead of passing over every sample."""
+    normalize: Literal["imagenet", "clip", "siglip"] = "imagenet"
+    """Mean and deviation that pixels are normalised with."""
+    num_workers: int = Field(2, ge=1)
+    """Threads that read and decode ahead."""
+    prefetch: int = Field(2, ge=1)
+    """Steps that are made ready ahead."""
+
+
+class OptimSettings(Settings):
+    """AdamW and its schedule."""
+
+    lr: float = Field(gt=0)
+    lr_scale: dict[Module, Annotated[float, Field(ge=0)]] = {}
+    """Factor on ``lr`` per module."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    clip_norm: float = Field(1.0, ge=0)
+    """Largest global gradient norm; 0 means no clipping."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(0.03, ge=0)
+    """Below 1: share of the run; otherwise steps."""
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+
+
+class LayoutSettings(Settings):
+    """Data-parallel layout of one module."""
+
+    zero: Literal[1, 2, 3] = 3
+    shard: int = Field(0, ge=0)
+    """Ranks that share one copy of the state; 0 means all."""
+
+
+class ParallelSettings(Settings):
+    """Layouts of the three modules."""
+
+    vit: LayoutSettings = LayoutSettings()
+    projector: LayoutSettings = LayoutSettings()
+    llm: LayoutSettings = LayoutSettings()
+
+
+class RecomputeSettings(Settings):
+    """Activation checkpointing per module."""
+
+    vit: Recompute = "none"
+    llm: Recompute = "none"
+
+
+class CheckpointSettings(Settings):
+    """When to save, and how much to keep."""
+
+    every: int = Field(0, ge=0)
+    """Steps between checkpoints; 0 means only at the end."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints that stay on disk."""
+
+
+class LogSettings(Settings):
+    """What is written while training."""
+
+    every: int = Field(1, ge=1)
+    """Steps between log lines."""
+    tensorboard: bool = True
+    plan_hash_every: int = Field(50, ge=1)
+    """Steps between comparisons of the plan's hash across ranks."""
+    peak_tflops: float | None = None
+    """Peak of one rank for MFU; by default known from the device, or measured on a CPU."""
+
+
+class RunSettings(Settings):
+    """Everything that defines a run."""
+
+    out: Path
+    """Run directory."""
+    stage: Annotated[PretrainStage | SFTStage, Field(discriminator="name")]
+    model: ModelSettings
+    data: DataSettings
+    optim: OptimSettings
+    steps: int | None = Field(None, gt=0)
+    """Optimizer steps; or give ``epochs``."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the mixture; or give ``steps``."""
+    seed: int = 0
+    precision: Precision = "float32"
+    parallel: ParallelSettings = ParallelSettings()
+    recompute: RecomputeSettings = RecomputeSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    log: LogSettings = LogSettings()
+    validate_every: int = Field(0, ge=0)
+    """Steps between validation passes; 0 means only at the end."""
+    export: Literal["internvl", "transformers", "none"] = "transformers"
+    """Format of the Hugging Face directory written at the end."""
+    ranks: int = Field(1, ge=1)
+    """Local processes that ``evovlm train`` starts when nothing else has started them."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "RunSettings":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of: steps, epochs")
+        if self.data.val_index is None and self.validate_every:
+            raise ValueError("validate_every needs [data] val_index")
+        return self

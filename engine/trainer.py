@@ -1,0 +1,288 @@
+"""The training loop of every stage: plan, load, step, record, validate, save, export.
+
+    RunSettings ─► index, mixture, planner ─► loader ─► Engine.train_step ─► RunLog
+                                                           │ every n steps: validation loss, checkpoint
+                                                           ▼ at the end
+                                                       export/  (Hugging Face)
+
+``evovlm train`` calls :func:`train`; a run that is interrupted and resumed writes the numbers of one that was not.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from evovlm.data.batch import MicroBatch
+from evovlm.data.plan import StepPlan
+from evovlm.engine.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from evovlm.engine.engine import Engine
+from evovlm.engine.flops import forward_flops, peak_flops, training_flops
+from evovlm.engine.model_source import ModelSource, open_source
+from evovlm.engine.optimizer import lr_factor
+from evovlm.engine.run_data import RunData, open_data
+from evovlm.engine.runlog import RunLog, peak_memory_gib
+from evovlm.engine.runs import start_run
+from evovlm.engine.settings import DTYPES, RunSettings
+from evovlm.models.hf.names import Format
+from evovlm.models.hf.save import save_pretrained
+from evovlm.models.internvl import InternVL
+from evovlm.parallel.layout import Layout, ParallelPlan
+from evovlm.parallel.world import World
+
+
+def train(settings: RunSettings, world: World, resume: str = "none") -> Path:
+    """Train a run to its end.
+
+    Args:
+        settings: The run.
+        world: The ranks; every rank calls this.
+        resume: ``none``: start anew, in a directory without checkpoints; ``auto``: continue from the newest complete
+            checkpoint, or start; otherwise the directory of a checkpoint.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        FileExistsError: The directory holds checkpoints and ``resume`` is ``none``.
+        FloatingPointError: Loss or gradient is not finite; no weight was changed by that step.
+    """
+    source = open_source(settings.model, settings.seed)
+    data = open_data(settings, source, world)
+    checkpoint = _resume_point(settings.out, resume)
+    engine = build_engine(settings, source, world)
+    identity = _identity(settings, source, data)
+    start = 0
+    if checkpoint is not None:
+        start = load_checkpoint(checkpoint, engine.model, engine.optimizer, expected=identity)
+    if world.is_main:
+        start_run(settings, source)
+    world.barrier()
+    with (
+        RunLog(
+            settings.out,
+            total_steps=data.total_steps,
+            start_step=start,
+            enabled=world.is_main,
+            tensorboard=settings.log.tensorboard,
+        ) as log,
+        _stop_signal() as stop,
+    ):
+        for line in data.describe():
+            log.message(line)
+        if checkpoint is not None:
+            log.message(f"resumed from {checkpoint} at step {start}")
+        finished = _Loop(settings, world, source, data, engine, identity, log, stop).run(start)
+        if finished and settings.export != "none":
+            export(engine, source, settings.out / "export", settings.export, settings.data.normalize)
+            log.message(f"exported to {settings.out / 'export'} ({settings.export} format)")
+    return settings.out
+
+
+def build_engine(settings: RunSettings, source: ModelSource, world: World) -> Engine:
+    """Build the engine that settings describe, filled with the source's weights."""
+    chosen = settings.parallel
+    layouts = {
+        name: Layout(dp=world.size, zero=layout.zero, shard=layout.shard)
+        for name, layout in (("vit", chosen.vit), ("projector", chosen.projector), ("llm", chosen.llm))
+    }
+    return Engine.build(
+        lambda: InternVL(source.config),
+        ParallelPlan(**layouts),
+        world,
+        optim=settings.optim,
+        weights=source.weights,
+        precision=settings.precision,
+        recompute={"vit": settings.recompute.vit, "llm": settings.recompute.llm},
+        freeze=settings.model.freeze,
+    )
+
+
+def export(engine: Engine, source: ModelSource, out: Path, format: Format, normalize: str) -> None:
+    """Write a Hugging Face directory; every rank takes part in gathering, the main one writes."""
+    tensors = engine.named_full_tensors()
+    if engine.world.is_main:
+        save_pretrained(
+            source.config,
+            tensors,
+            out,
+            format=format,
+            tokenizer_dir=source.tokenizer_dir,
+            normalize=normalize,
+            overwrite=True,
+        )
+    else:
+        for _ in tensors:
+            pass
+    engine.world.barrier()
+
+
+class _Loop:
+    """Steps from ``start`` to the end of a run."""
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        world: World,
+        source: ModelSource,
+        data: RunData,
+        engine: Engine,
+        identity: dict[str, Any],
+        log: RunLog,
+        stop: threading.Event,
+    ) -> None:
+        self.settings, self.world, self.source, self.data = settings, world, source, data
+        self.engine, self.identity, self.log, self.stop = engine, identity, log, stop
+        self.saved = -1  # step of the last checkpoint of this process
+        if settings.log.peak_tflops is not None:
+            self.peak = settings.log.peak_tflops * 1e12
+        else:
+            self.peak, where = peak_flops(world.device, DTYPES[settings.precision].compute)
+            log.message(f"peak of a rank for MFU: {self.peak / 1e12:.3f} TFLOP/s ({where})")
+
+    def run(self, start: int) -> bool:
+        """Train; returns whether the run reached its end (a stop signal ends it early, with a checkpoint)."""
+        settings, total = self.settings, self.data.total_steps
+        loader = self.data.train_loader()
+        began = time.perf_counter()
+        for step, (plan, batches) in enumerate(loader.steps(start, total), start=start + 1):
+            if plan.step % settings.log.plan_hash_every == 0:
+                self.world.agree(f"the plan of step {plan.step}", plan.digest())
+            factor = lr_factor(plan.step, total, settings.optim)
+            result = self.engine.train_step(batches, plan.loss_denominator, factor)
+            seconds = time.perf_counter() - began
+            stopping = self._record(step, plan, asdict(result), factor, seconds, loader.wait_seconds)
+            if step < total:
+                if settings.validate_every and step % settings.validate_every == 0:
+                    self._validate(step)
+                if stopping or (settings.checkpoint.every and step % settings.checkpoint.every == 0):
+                    self._save(step)
+                if stopping:
+                    self.log.message(f"stopped by a signal after step {step}; continue with --resume auto")
+                    return False
+            began = time.perf_counter()
+        if settings.data.val_index is not None and start < total:  # a finished run has this number already
+            self._validate(total)
+        self._save(total)
+        return True
+
+    def _record(
+        self, step: int, plan: StepPlan, result: dict[str, Any], factor: float, seconds: float, waited: float
+    ) -> bool:
+        """Write the step's line; returns whether any rank was told to stop."""
+        memory = peak_memory_gib(self.world.device)
+        slowest, wait, memory, stopping = self.world.max([seconds, waited / seconds, memory, float(self.stop.is_set())])
+        lengths = self.data.lengths(plan)
+        forward = forward_flops(self.source.config, plan.num_tiles, lengths, plan.num_supervised)
+        flops = training_flops(forward, self.settings.model.freeze)
+        metrics = {
+            "step": step,
+            **result,
+            "lr": self.settings.optim.lr * factor,
+            "epoch": plan.epoch,
+            "samples": plan.num_samples,
+            "tokens": plan.num_tokens,
+            "visual_tokens": plan.num_visual_tokens,
+            "supervised_tokens": plan.num_supervised,
+            "seconds": slowest,
+            "tokens_per_second": plan.num_tokens / slowest,
+            "visual_tokens_per_second": plan.num_visual_tokens / slowest,
+            "mfu": flops.total / (slowest * self.peak * self.world.size),
+            "vit_flops_share": flops.vit / flops.total,
+            "pack_fill": plan.num_tokens / (len(plan.packs) * self.settings.data.pack_tokens),
+            "data_wait": wait,
+            "peak_memory_gib_per_rank": memory,
+        }
+        every = self.settings.log.every
+        self.log.step(metrics, show=step % every == 0 or step == 1 or step == self.data.total_steps)
+        return stopping > 0
+
+    def _validate(self, step: int) -> None:
+        tokens = 0
+
+        def batches() -> Iterator[list[MicroBatch]]:
+            nonlocal tokens
+            for plan, microbatches in self.data.validation_loader():
+                tokens += plan.num_supervised
+                yield microbatches
+
+        loss, weight = self.engine.evaluate(batches())
+        self.log.validation(step, loss / weight if weight else math.nan, tokens)
+
+    def _save(self, step: int) -> None:
+        if step == self.saved:
+            return
+        self.saved = step
+        began = time.perf_counter()
+        path = save_checkpoint(
+            self.settings.out,
+            step,
+            self.engine.model,
+            self.engine.optimizer,
+            self.world,
+            self.identity,
+            self.settings.checkpoint.keep,
+        )
+        self.log.message(f"saved {path} in {time.perf_counter() - began:.1f} s")
+
+
+def _identity(settings: RunSettings, source: ModelSource, data: RunData) -> dict[str, Any]:
+    """What a checkpoint must share with the run that resumes it, or the data would silently be others."""
+    return {
+        "model": asdict(source.config),
+        "tokenizer": source.tokenizer.fingerprint,
+        # What is in the index, not where it lies: data may be moved, but not changed.
+        "index": {d.name: [d.count, d.num_tokens, d.num_supervised, d.num_tiles] for d in data.index.datasets},
+        "normalize": settings.data.normalize,
+        "seed": settings.seed,
+        "stage": settings.stage.model_dump(mode="json"),
+        "packing": [
+            settings.data.pack_tokens,
+            settings.data.pack_tiles,
+            settings.data.packs_per_step,
+            settings.data.window,
+        ],
+        "mixture": [settings.data.weights, settings.data.replacement],
+    }
+
+
+def _resume_point(run: Path, resume: str) -> Path | None:
+    found = list_checkpoints(run)
+    if resume == "none":
+        if found:
+            raise FileExistsError(
+                f"{run} already holds checkpoints up to step {found[-1][0]}: continue with --resume auto, "
+                "or choose another run directory"
+            )
+        return None
+    if resume == "auto":
+        return found[-1][1] if found else None
+    return Path(resume)
+
+
+@contextmanager
+def _stop_signal() -> Iterator[threading.Event]:
+    """Set an event on SIGTERM or SIGINT, so that the run can save first; a second signal ends it at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    watched = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in watched}
+
+    def handle(number: int, _frame: Any) -> None:
+        event.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in watched:
+        signal.signal(number, handle)
+    try:
+        yield event
+    finally:
+        for number in watched:
+            signal.signal(number, before[number])

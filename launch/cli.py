@@ -1,0 +1,267 @@
+"""The ``evovlm`` command: what each subcommand takes. What they do is in ``commands.py``.
+
+Nothing heavy is imported before a subcommand runs, so ``evovlm --help`` answers at once. Words that are no option of
+``train``, ``index`` or ``plan`` are settings: ``--optimizer.lr 1e-4`` (see ``settings.py``).
+
+A user's mistake (a file that is not there, a `ValueError` raised by evovlm itself) ends the command with one red line
+and exit code 2; anything else is a fault of ours and shows its traceback, exit code 1.
+"""
+
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from evovlm.launch.ranks import RankError, RankInfo, RunInterrupted, leave_error, start_ranks
+
+SETTINGS_WORDS = {"allow_extra_args": True, "ignore_unknown_options": True}
+SETTINGS_METAVAR = "[OPTIONS] [--dotted.key VALUE]..."
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's file, or the name of one of evovlm's own.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+
+app = typer.Typer(
+    name="evovlm",
+    help="Train vision-language models of the ViT-MLP-LLM family, from a laptop CPU to a cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class ExportFormat(StrEnum):
+    """Whose names an exported checkpoint uses."""
+
+    INTERNVL = "internvl"
+    TRANSFORMERS = "transformers"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"evovlm {importlib.metadata.version('evovlm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and stop.")
+    ] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where in the code an error was raised.")] = False,
+) -> None:
+    """Hold the options of every subcommand; `main` takes ``--traceback`` wherever it stands."""
+
+
+@app.command(context_settings=SETTINGS_WORDS, options_metavar=SETTINGS_METAVAR)
+def index(
+    context: typer.Context,
+    meta: Annotated[Path, typer.Argument(metavar="META", help="InternVL meta JSON: dataset name → settings.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the index; it is made.")],
+    tokenizer: Annotated[Path, typer.Option("--tokenizer", "-t", help="Folder with tokenizer.json.")],
+    size: Annotated[
+        str | None, typer.Option(help="Take tile settings from a model size (evovlm models); default: as published.")
+    ] = None,
+) -> None:
+    """Scan a meta JSON's datasets into an index.
+
+    Reads every line, validates it, lists what cannot be used with its reason, and writes the memory-mapped index
+    that training reads. Settings: see the data format page of the documentation.
+    """
+    from evovlm.launch import commands
+
+    commands.index(meta, out, tokenizer, size, context.args)
+
+
+@app.command(context_settings=SETTINGS_WORDS, options_metavar=SETTINGS_METAVAR)
+def train(
+    context: typer.Context,
+    recipe: Recipe,
+    resume: Annotated[str, typer.Option(help="auto (newest checkpoint of the run), none, or a checkpoint.")] = "auto",
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Processes to start on this machine; by default what the recipe says.")
+    ] = None,
+) -> None:
+    """Train one stage as a recipe says.
+
+    Settings on the command line are laid over those of the recipe: --optim.lr 1e-4. Values are written as in TOML.
+    """
+    from evovlm.launch import commands
+
+    settings = commands.run_settings(recipe, context.args)  # mistakes show here, once, before any rank starts
+    me = _as_rank(ranks, settings.ranks, context.obj)
+    if me is not None:
+        commands.train(settings, me, resume)
+
+
+@app.command()
+def evaluate(
+    context: typer.Context,
+    run: Run,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Processes to start on this machine.")] = None,
+    checkpoint: Annotated[
+        str, typer.Option(help="newest, initial (the weights the run started from), or a checkpoint's folder.")
+    ] = "newest",
+    test_index: Annotated[
+        Path | None, typer.Option(help="Index of questions, one dataset per task; by default what the run names.")
+    ] = None,
+) -> None:
+    """Score a run's model on its test tasks.
+
+    Answers are decoded greedily and compared exactly; scores and answers go to evaluations/ in the run's folder.
+    """
+    from evovlm.launch import commands
+
+    me = _as_rank(ranks, 1, context.obj)
+    if me is not None:
+        commands.evaluate(run, me, checkpoint, test_index)
+
+
+@app.command()
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it is made.")],
+    format: Annotated[
+        ExportFormat, typer.Option(help="Names of weights and config: OpenGVLab's, or transformers'.")
+    ] = ExportFormat.TRANSFORMERS,
+    checkpoint: Annotated[Path | None, typer.Option(help="A checkpoint's folder; by default the newest.")] = None,
+) -> None:
+    """Write a run's weights in Hugging Face format."""
+    from evovlm.launch import commands
+
+    commands.export(run, out, "internvl" if format is ExportFormat.INTERNVL else "transformers", checkpoint)
+
+
+@app.command("extend-tokenizer")
+def extend_tokenizer(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of a base language model's tokenizer.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it is made.")],
+) -> None:
+    """Add InternVL's tokens to a base model's tokenizer.
+
+    Needed once before native pre-training from a base language model; index and recipe then name the new folder.
+    """
+    from evovlm.launch import commands
+
+    commands.extend_tokenizer(source, out)
+
+
+@app.command()
+def quickstart(
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder for data, runs and summary.json; by default runs/quickstart, or runs/quickstart-short.",
+        ),
+    ] = None,
+    short: Annotated[
+        bool, typer.Option("--short", help="A few steps of everything: checks, but learns little.")
+    ] = False,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes to train with.")] = 2,
+) -> None:
+    """Train and measure a tiny model, end to end.
+
+    Makes small data from real digits, fonts, photographs and text, indexes it, pre-trains and tunes a tiny model on
+    it, and prints what the model has learned.
+    """
+    from evovlm.launch import commands
+
+    commands.quickstart(out or Path("runs/quickstart-short" if short else "runs/quickstart"), short=short, ranks=ranks)
+
+
+@app.command(context_settings=SETTINGS_WORDS, options_metavar=SETTINGS_METAVAR)
+def plan(
+    context: typer.Context,
+    recipe: Recipe,
+    steps: Annotated[int, typer.Option(min=1, help="How many steps to show.")] = 10,
+    first: Annotated[int, typer.Option(min=0, help="The first step to show.")] = 0,
+    ranks: Annotated[int, typer.Option(min=1, help="Data-parallel ranks to plan for.")] = 1,
+) -> None:
+    """Show what the steps of a recipe take.
+
+    Plans steps as training would and prints their samples, tokens, tiles and balance; nothing is trained.
+    """
+    from evovlm.launch import commands
+
+    commands.plan(commands.run_settings(recipe, context.args), first=first, steps=steps, num_ranks=ranks)
+
+
+@app.command()
+def models() -> None:
+    """List the model sizes."""
+    from evovlm.launch import commands
+
+    commands.models()
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has and lacks.
+
+    One line each: versions, CPU, GPUs, evovlm's own extension, and the optional packages with what they are for.
+    """
+    from evovlm.launch.doctor import report
+
+    raise typer.Exit(report())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 1 (a fault), 2 (a user's mistake), 130 (interrupted)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    show_traceback = "--traceback" in words
+    words = [word for word in words if word != "--traceback"]
+    try:
+        app(words, prog_name="evovlm", obj=words)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except RankError as error:
+        _say(f"rank {error.rank}: {error}")
+        if error.details and (show_traceback or error.exit_code != 2):
+            sys.stderr.write(error.details)
+        return error.exit_code
+    except RunInterrupted as interrupt:
+        _say(str(interrupt))
+        return 128 + interrupt.signal
+    except Exception as error:  # noqa: BLE001 - the outermost frame: a rank leaves its error for the agent
+        exit_code = 2 if _is_users_mistake(error) else 1
+        leave_error(error, exit_code)
+        if exit_code == 1 or show_traceback:
+            sys.excepthook(type(error), error, error.__traceback__)
+        if exit_code == 2:
+            _say(str(error))
+        return exit_code
+    return 0
+
+
+def _as_rank(asked: int | None, default: int, words: Sequence[str]) -> RankInfo | None:
+    """Return which rank this process is; None if it has started the ranks and they have finished."""
+    me = RankInfo.from_environment()
+    if me.launched and asked not in (None, me.world_size):
+        raise ValueError(f"--ranks {asked}, but the launcher has started {me.world_size} ranks; leave --ranks out")
+    if me.launched or (asked or default) == 1:
+        return me
+    start_ranks(asked or default, words)
+    return None
+
+
+def _is_users_mistake(error: Exception) -> bool:
+    """Whether the input is at fault: a file is missing or in the way, or evovlm raised a `ValueError` on purpose."""
+    if isinstance(error, FileNotFoundError | FileExistsError | NotADirectoryError | PermissionError):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    raised_by = str(trace.tb_frame.f_globals.get("__name__", "")) if trace is not None else ""
+    return isinstance(error, ValueError) and any(
+        name.split(".")[0] == "evovlm" for name in (type(error).__module__, raised_by)
+    )
+
+
+def _say(message: str) -> None:
+    typer.secho(f"evovlm: {message}", fg=typer.colors.RED, err=True)

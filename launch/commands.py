@@ -1,0 +1,154 @@
+"""What the subcommands of ``evovlm`` do: read settings, join the ranks, call the engine.
+
+Imports stand inside the functions: a subcommand pays only for what it uses.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evovlm.launch.ranks import RankInfo, process_group
+from evovlm.launch.settings import find_recipe, load_settings
+
+if TYPE_CHECKING:
+    from evovlm.engine.settings import RunSettings
+    from evovlm.models.hf.names import Format
+
+
+def run_settings(recipe: str, overrides: Sequence[str]) -> "RunSettings":
+    """Read a run's settings; see `load_settings` for the errors."""
+    from evovlm.engine.settings import RunSettings
+
+    return load_settings(RunSettings, find_recipe(recipe), overrides)
+
+
+def index(meta: Path, out: Path, tokenizer: Path, size: str | None, overrides: Sequence[str]) -> None:
+    """Build an index and print what went into it; nothing is done if it is current."""
+    from evovlm.data.build_index import IndexSettings
+    from evovlm.launch.indexing import build_with_progress
+
+    words = [f"--meta={meta}", f"--out={out}", f"--tokenizer={tokenizer}"]
+    if size is not None:
+        from evovlm.models.table import size as size_of
+
+        config = size_of(size)
+        words += [f"--tile_size={config.vision.tile_size}", f"--tokens_per_tile={config.tokens_per_tile}"]
+        words += [f"--max_tiles={config.max_tiles}"]
+    build_with_progress(load_settings(IndexSettings, None, [*words, *overrides]))
+
+
+def train(settings: "RunSettings", ranks: RankInfo, resume: str) -> None:
+    """Train as one rank of a run."""
+    from evovlm.engine import trainer
+
+    with process_group(ranks) as world:
+        trainer.train(settings, world, resume)
+
+
+def evaluate(run: Path, ranks: RankInfo, checkpoint: str, test_index: Path | None) -> None:
+    """Score a run as one of its ranks, and print the scores."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from evovlm.engine.score_run import score_run
+
+    with process_group(ranks) as world:
+        result = score_run(run, world, checkpoint=checkpoint, test_index=test_index)
+    if ranks.rank:
+        return
+    table = Table("task", box=SIMPLE_HEAD, title=f"{run}, {result['checkpoint']}: exact match on held-out questions")
+    for column in ("exact match", "best constant answer", "questions"):
+        table.add_column(column, justify="right")
+    for task, scores in result["tasks"].items():
+        table.add_row(
+            task, f"{scores['exact_match']:.1%}", f"{scores['constant_baseline']:.1%}", f"{scores['num_test']:,}"
+        )
+    Console().print(table)
+
+
+def export(run: Path, out: Path, format: "Format", checkpoint: Path | None) -> None:
+    """Write a run's weights as a Hugging Face directory."""
+    from rich.console import Console
+
+    from evovlm.engine.runs import export_run
+
+    export_run(run, out, format, checkpoint)
+    Console().print(f"wrote {out} ({format} format)", highlight=False)
+
+
+def extend_tokenizer(source: Path, out: Path) -> None:
+    """Add InternVL's tokens to a base language model's tokenizer."""
+    from rich.console import Console
+
+    from evovlm.data.tokenizer_extend import extend_tokenizer as extend
+
+    added = extend(source, out)
+    Console().print(f"wrote {out}: {len(added)} tokens added ({' '.join(added)})", highlight=False, markup=False)
+
+
+def quickstart(out: Path, *, short: bool, ranks: int) -> None:
+    """Run all phases of the quickstart."""
+    from evovlm.launch.quickstart import run_quickstart
+
+    run_quickstart(out, short=short, ranks=ranks)
+
+
+def plan(settings: "RunSettings", *, first: int, steps: int, num_ranks: int) -> None:
+    """Print a table of planned steps."""
+    import torch
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from evovlm.engine.model_source import open_source
+    from evovlm.engine.run_data import open_data
+    from evovlm.parallel.world import World
+
+    data = open_data(settings, open_source(settings.model, settings.seed), World(0, num_ranks, torch.device("cpu")))
+    console = Console()
+    for line in data.describe():
+        console.print(line, markup=False, highlight=False)
+    table = Table(box=SIMPLE_HEAD, title=f"Steps for {num_ranks} data-parallel ranks")
+    columns = ("step", "epoch", "samples", "tokens", "fill", "tiles", "supervised", "loss denominator", "hash")
+    for column in columns:
+        table.add_column(column, justify="right")
+    capacity = settings.data.packs_per_step * settings.data.pack_tokens
+    for step in range(first, first + steps):
+        planned = data.planner.plan_step(step, data.layout)
+        counts = (planned.num_samples, planned.num_tokens)
+        table.add_row(
+            str(step),
+            str(planned.epoch),
+            *(f"{count:,}" for count in counts),
+            f"{planned.num_tokens / capacity:.1%}",
+            f"{planned.num_tiles:,}",
+            f"{planned.num_supervised:,}",
+            f"{planned.loss_denominator:.3f}",
+            planned.digest()[:12],
+        )
+    console.print(table)
+
+
+def models() -> None:
+    """Print the table of sizes."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from evovlm.models.table import SIZES, num_parameters
+
+    table = Table(
+        "size", "ViT", "decoder", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title="Sizes (millions of parameters)"
+    )
+    for column in ("ViT", "projector", "LLM", "total"):
+        table.add_column(column, justify="right")
+    for name, config in SIZES.items():
+        vision, decoder, count = config.vision, config.decoder, num_parameters(config)
+        table.add_row(
+            name,
+            f"{vision.num_layers} × {vision.hidden_size}",
+            f"{decoder.num_layers} × {decoder.hidden_size} {decoder.family}",
+            *(f"{count[part] / 1e6:,.1f}" for part in ("vit", "projector", "llm", "total")),
+        )
+    Console().print(table)

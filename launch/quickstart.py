@@ -1,0 +1,180 @@
+"""``evovlm quickstart``: the whole recipe on real data, small enough for a laptop, through the same commands as ever.
+
+    data      real digits, fonts, photographs, text ─► InternVL meta JSON, jsonl, a Megatron corpus, a tokenizer
+    index     evovlm index   ─► OUT/index/{pretrain,sft,val,test}
+    pretrain  evovlm train quickstart/pretrain   ─► OUT/pretrain      random weights, text and images together
+    sft       evovlm train quickstart/sft        ─► OUT/sft           conversations
+    evaluate  evovlm evaluate, three times: random weights, after pre-training, after SFT
+                                                 ─► OUT/summary.json
+
+A phase that is done is not done again; an interrupted one continues.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from evovlm.data.build_index import IndexSettings
+from evovlm.data.index_progress import show_progress
+from evovlm.data.synthetic import build_quickstart_data
+from evovlm.launch.indexing import build_with_progress
+from evovlm.launch.ranks import start_ranks
+from evovlm.models.table import TINY
+
+SEED = 0
+SYSTEM_PROMPT = "Look."
+"""The published one has more tokens than a tiny model's whole answer."""
+PARTS = ("pretrain", "sft", "val", "test")
+SHORT_SCALE = 0.05
+SHORT_STEPS = 12
+
+
+class Quickstart:
+    """The phases over one output directory.
+
+    Args:
+        out: Directory of everything that is made.
+        short: A few steps of everything: checks that it runs, learns little.
+        ranks: Processes that train and evaluate.
+    """
+
+    def __init__(self, out: Path, *, short: bool, ranks: int) -> None:
+        self.out, self.short, self.ranks = out, short, ranks
+        self.console = Console()
+        self.seconds: dict[str, float] = {}
+
+    def data(self) -> None:
+        """Make the data, unless it is there."""
+        marker = self.out / "data" / "summary.json"
+        scale = SHORT_SCALE if self.short else 1.0
+        if not marker.is_file():
+            with show_progress(self.console) as progress:
+                build_quickstart_data(
+                    self.out / "data", seed=SEED, scale=scale, num_workers=self.ranks, progress=progress
+                )
+
+    def index(self) -> None:
+        """Index every part of the data."""
+        for part in PARTS:
+            settings = IndexSettings(
+                meta=self.out / "data" / f"{part}.json",
+                tokenizer=self.out / "data" / "tokenizer",
+                out=self.out / "index" / part,
+                tile_size=TINY.vision.tile_size,
+                tokens_per_tile=TINY.tokens_per_tile,
+                max_tiles=TINY.max_tiles,
+                max_tokens=1024,
+                overlong="split",
+                system_prompt=SYSTEM_PROMPT,
+                num_workers=self.ranks,
+            )
+            build_with_progress(settings, self.console)
+
+    def train(self, stage: str) -> None:
+        """Train a stage, or continue it, unless its export is there."""
+        run, index = self.out / stage, self.out / "index"
+        if (run / "export" / "config.json").is_file():
+            return
+        words = [
+            f"--out={run}",
+            f"--data.index={index / stage}",
+            f"--data.val_index={index / 'val'}",
+            f"--data.test_index={index / 'test'}",
+            f"--ranks={self.ranks}",
+        ]
+        if stage == "pretrain":
+            words += [f"--model.tokenizer={self.out / 'data' / 'tokenizer'}"]
+        else:
+            words += [f"--model.from_dir={self.out / 'pretrain' / 'export'}"]
+        if self.short:
+            words += [f"--steps={SHORT_STEPS}", "--validate_every=6", "--checkpoint.every=6"]
+        self._command(["train", f"quickstart/{stage}", "--resume=auto", *words])
+
+    def evaluate(self) -> dict[str, dict[str, Any]]:
+        """Score random weights, the pre-trained and the tuned model."""
+        wanted = (("before", "pretrain", "initial"), ("pretrain", "pretrain", "newest"), ("sft", "sft", "newest"))
+        scores: dict[str, dict[str, Any]] = {}
+        for name, stage, checkpoint in wanted:
+            run = self.out / stage
+            self._command(["evaluate", str(run), f"--checkpoint={checkpoint}", f"--ranks={self.ranks}"])
+            files = sorted(
+                (run / "evaluations").glob("initial.json" if checkpoint == "initial" else "step-*[0-9].json")
+            )
+            scores[name] = json.loads(files[-1].read_text())["tasks"]
+        return scores
+
+    def summarize(self, scores: dict[str, dict[str, Any]]) -> None:
+        """Write ``summary.json`` and print what was learned."""
+        made = json.loads((self.out / "data" / "summary.json").read_text())["tasks"]
+        tasks = {
+            task: {
+                **{name: by_task[task]["exact_match"] for name, by_task in scores.items()},
+                "constant_baseline": final["constant_baseline"],
+                "num_train": made[task]["num_train"],
+                "num_test": final["num_test"],
+            }
+            for task, final in scores["sft"].items()
+        }
+        seconds = {name: round(value, 1) for name, value in self.seconds.items()}
+        summary = {"tasks": tasks, "short": self.short, "ranks": self.ranks, "seconds": seconds}
+        (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+        table = Table("task", box=SIMPLE_HEAD, title="Exact match on held-out questions")
+        for column in ("best constant", "before", "pre-trained", "after SFT", "train", "test"):
+            table.add_column(column, justify="right")
+        for task, row in tasks.items():
+            shares = (f"{row[key]:.1%}" for key in ("constant_baseline", "before", "pretrain", "sft"))
+            table.add_row(task, *shares, f"{row['num_train']:,}", f"{row['num_test']:,}")
+        self.console.print(table)
+        self._show_answers()
+        self.console.print(f"summary: {self.out / 'summary.json'}", highlight=False)
+        self.console.print(f"the model, for transformers: {self.out / 'sft' / 'export'}", highlight=False)
+
+    def run(self) -> None:
+        """Run all phases."""
+        with self._phase("data", "make data from real digits, fonts, photographs and text"):
+            self.data()
+        with self._phase("index", "scan it all into memory-mapped indexes"):
+            self.index()
+        with self._phase("pretrain", "native multimodal pre-training from random weights"):
+            self.train("pretrain")
+        with self._phase("sft", "supervised fine-tuning"):
+            self.train("sft")
+        with self._phase("evaluate", "greedy answers on held-out questions"):
+            scores = self.evaluate()
+        self.summarize(scores)
+
+    @contextmanager
+    def _phase(self, name: str, what: str) -> Iterator[None]:
+        self.console.rule(f"{name}: {what}", align="left")
+        began = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - began
+        self.console.print(f"{name} took {self.seconds[name]:.1f} s", highlight=False)
+
+    def _command(self, words: Sequence[str]) -> None:
+        """Run an evovlm command in processes of its own, as a user would."""
+        start_ranks(self.ranks, words)
+
+    def _show_answers(self, per_task: int = 2) -> None:
+        files = sorted((self.out / "sft" / "evaluations").glob("*.answers.jsonl"))
+        shown: dict[str, int] = {}
+        for line in files[-1].read_text().splitlines():
+            answer = json.loads(line)
+            if shown.setdefault(answer["task"], 0) < per_task:
+                shown[answer["task"]] += 1
+                mark = "right" if answer["correct"] else "wrong"
+                text = f"  {answer['name']}: expected {answer['expected']!r}, answered {answer['given']!r} ({mark})"
+                self.console.print(text, highlight=False, markup=False)
+
+
+def run_quickstart(out: Path, *, short: bool, ranks: int) -> None:
+    """Run the quickstart; see :class:`Quickstart`."""
+    Quickstart(out, short=short, ranks=ranks).run()

@@ -1,0 +1,301 @@
+"""The step plan: pure, layout-independent, nothing lost or repeated, budgets kept, exact denominator."""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evovlm.data.mixture import Mixture, MixtureSettings
+from evovlm.data.order import Sequential
+from evovlm.data.plan import DataLayout, Pack, Planner, PlanSettings, StepPlan, loss_weights
+from evovlm.data.step_plan import assign
+
+MakeIndex = Callable[..., Any]
+NATURAL = MixtureSettings(language_ratio=None)
+TOKENS, TILES = 64, 6
+
+
+def random_index(make_index: MakeIndex, seed: int, size: int = 60, longest: int = TOKENS) -> Any:
+    """Text and images of random sizes; some samples have several images, some no target."""
+    rng = np.random.default_rng(seed)
+    num_text = int(rng.integers(1, size))
+    tiles = rng.integers(0, TILES + 1, size - num_text)
+    tokens = [rng.integers(1, longest + 1, n) for n in (num_text, size - num_text)]
+    return make_index(
+        {"name": "text", "tokens": tokens[0], "supervised": rng.integers(0, tokens[0])},
+        {
+            "name": "chart",
+            "tokens": tokens[1],
+            "tiles": tiles,
+            "images": rng.integers(0, tiles + 1),
+            "supervised": rng.integers(0, tokens[1]),
+        },
+    )
+
+
+def make_planner(index: Any, mix: MixtureSettings = NATURAL, **changes: Any) -> Planner:
+    s = PlanSettings(
+        **{"seed": 1, "pack_tokens": TOKENS, "pack_tiles": TILES, "packs_per_step": 8, "window": 16} | changes
+    )
+    return Planner(index, Mixture(index, mix, s.seed), s)
+
+
+def drawn(packs: list[Pack]) -> list[tuple[int, int]]:
+    return [(int(s), int(v)) for p in packs for s, v in zip(p.samples, p.visits, strict=True)]
+
+
+def as_lists(packs: tuple[Pack, ...]) -> list[list[int]]:
+    return [[*p.samples.tolist(), -1, *p.visits.tolist()] for p in packs]
+
+
+@given(seed=st.integers(0, 2**32), mix=st.sampled_from([NATURAL, MixtureSettings(), MixtureSettings(replacement=True)]))
+@settings(max_examples=40, deadline=None)
+def test_stream_of_packs_is_the_order(make_index: MakeIndex, seed: int, mix: MixtureSettings) -> None:
+    """Nothing is lost, repeated or put in another epoch, and both budgets hold."""
+    index = random_index(make_index, seed)
+    planner = make_planner(index, mix)
+    ends = [planner.num_packs(epochs) for epochs in range(4)]
+    packs = [p for step in range(-(-ends[-1] // 8)) for p in planner.plan_step(step, DataLayout(4, 2)).packs]
+    for epoch in range(3):
+        samples, visits = planner.order.order(epoch)
+        expected = Counter(zip(samples.tolist(), visits.tolist(), strict=True))
+        assert Counter(drawn(packs[ends[epoch] : ends[epoch + 1]])) == expected
+    rows = index.samples
+    for p in packs:
+        assert len(p.samples) > 0
+        assert p.num_tokens == rows["num_tokens"][p.samples].sum() <= TOKENS
+        assert p.num_tiles == rows["num_tiles"][p.samples].sum() <= TILES
+        assert p.num_supervised == rows["num_supervised"][p.samples].sum()
+
+
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=30, deadline=None)
+def test_packs_of_a_step_do_not_depend_on_the_layout(make_index: MakeIndex, seed: int) -> None:
+    index = random_index(make_index, seed)
+    for step in (0, 3):
+        plans = [
+            make_planner(index).plan_step(step, DataLayout(ranks, 8 // ranks))  # a planner each, as ranks have
+            for ranks in (1, 2, 4, 8)
+        ]
+        for plan in plans:
+            assert as_lists(plan.packs) == as_lists(plans[0].packs)
+            assert plan.loss_denominator == plans[0].loss_denominator
+            assert sorted(plan.assignment.ravel().tolist()) == list(range(8))  # each pack on one rank, once
+        assert make_planner(index).plan_step(step, DataLayout(4, 2)).digest() == plans[2].digest()
+        assert len({plan.digest() for plan in plans}) == 4
+
+
+@given(seed=st.integers(0, 2**32), steps=st.lists(st.integers(0, 20), min_size=1, max_size=4))
+@settings(max_examples=30, deadline=None)
+def test_any_step_can_be_jumped_to(make_index: MakeIndex, seed: int, steps: list[int]) -> None:
+    index, layout = random_index(make_index, seed), DataLayout(2, 4)
+    walked = make_planner(index)
+    digests = [walked.plan_step(step, layout).digest() for step in range(21)]
+    jumper = make_planner(index)
+    for step in steps:  # forwards and backwards, with one planner and with a fresh one
+        assert jumper.plan_step(step, layout).digest() == digests[step]
+        assert make_planner(index).plan_step(step, layout).digest() == digests[step]
+
+
+def test_layout_changes_in_the_middle_lose_nothing(make_index: MakeIndex) -> None:
+    index = random_index(make_index, 7, size=300)
+    num_packs = make_planner(index).num_packs(1)
+    packs: list[Pack] = []
+    for step, ranks in zip(range(-(-num_packs // 8)), [1, 4, 4, 8, 2] * 20, strict=False):
+        plan = make_planner(index).plan_step(step, DataLayout(ranks, 8 // ranks))
+        packs += [plan.packs[number] for number in sorted(plan.assignment.ravel())]
+    assert sorted(s for s, _ in drawn(packs[:num_packs])) == list(range(300))
+
+
+def totals(index: Any, plan: StepPlan) -> dict[str, int]:
+    samples = np.array([s for s, _ in drawn(list(plan.packs))], dtype=np.int64)
+    rows = index.samples[samples]
+    return {
+        "num_samples": len(rows),
+        "num_tokens": int(rows["num_tokens"].sum()),
+        "num_tiles": int(rows["num_tiles"].sum()),
+        "num_visual_tokens": int(rows["num_tiles"].sum()) * index.meta.tokens_per_tile,
+        "num_supervised": int(rows["num_supervised"].sum()),
+    }
+
+
+@given(seed=st.integers(0, 2**32), weighting=st.sampled_from(["token", "sample", "square"]))
+@settings(max_examples=30, deadline=None)
+def test_totals_and_denominator(make_index: MakeIndex, seed: int, weighting: str) -> None:
+    index = random_index(make_index, seed)
+    plan = make_planner(index, loss_weighting=weighting).plan_step(1, DataLayout(2, 4))
+    expected = totals(index, plan)
+    assert {name: getattr(plan, name) for name in expected} == expected
+    total = 0.0
+    for sample, _ in drawn(list(plan.packs)):
+        n = int(index.samples["num_supervised"][sample])
+        total += {"token": n, "sample": min(n, 1), "square": math.sqrt(n)}[weighting]  # n · w(n)
+    assert plan.loss_denominator == pytest.approx(total, rel=1e-12)
+
+
+def test_loss_weights_of_the_spec() -> None:
+    assert loss_weights([4, 16, 0], "token").tolist() == [1, 1, 0]
+    assert loss_weights([4, 16, 0], "sample").tolist() == [1 / 4, 1 / 16, 0]
+    assert loss_weights([4, 16, 0], "square").tolist() == [1 / 2, 1 / 4, 0]
+
+
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=20, deadline=None)
+def test_images_are_encoded_where_their_pack_is(make_index: MakeIndex, seed: int) -> None:
+    index = random_index(make_index, seed)
+    plan = make_planner(index).plan_step(0, DataLayout(4, 2))
+    rank_of = {int(number): rank for rank, row in enumerate(plan.assignment) for number in row}
+    images = [
+        rank_of[number]
+        for number, p in enumerate(plan.packs)
+        for sample in p.samples
+        for _ in range(int(index.samples["num_images"][sample]))
+    ]
+    assert plan.encoder_rank.tolist() == images
+    assert plan.encoder_rank.dtype == plan.assignment.dtype == np.int32
+
+
+@given(st.lists(st.integers(0, 10**12), min_size=24, max_size=24), st.sampled_from([1, 2, 3, 4, 6, 8, 12, 24]))
+def test_assignment_is_balanced(costs: list[int], ranks: int) -> None:
+    assignment = assign(costs, DataLayout(ranks, 24 // ranks))
+    assert sorted(assignment.ravel().tolist()) == list(range(24))
+    loads = [sum(costs[i] for i in row) for row in assignment]
+    assert max(loads) - min(loads) <= max(costs) - min(costs)
+    by_microbatch = [[costs[i] for i in column] for column in assignment.T]
+    for earlier, later in itertools.pairwise(by_microbatch):
+        assert min(earlier) >= max(later)  # packs that ranks train on at the same time cost alike
+
+
+def test_balance_beats_the_order_of_packs(make_index: MakeIndex) -> None:
+    rng = np.random.default_rng(0)
+    index = make_index({"name": "a", "tokens": rng.integers(1, 200, 4000), "tiles": rng.integers(0, 9, 4000)})
+    planner = make_planner(index, pack_tokens=1024, pack_tiles=40, packs_per_step=64, window=4000, attention_length=512)
+    plan = planner.plan_step(0, DataLayout(8, 8))
+    tokens, tiles = index.samples["num_tokens"].astype(float), index.samples["num_tiles"]
+    cost = np.array([(tokens[p.samples] ** 2 / 512 + 64 * tiles[p.samples]).sum() for p in plan.packs])
+
+    def imbalance(assignment: np.ndarray) -> float:
+        load = cost[assignment].sum(axis=1)
+        return float(load.max() / load.mean() - 1)
+
+    assert imbalance(plan.assignment) < 0.02
+    assert imbalance(np.arange(64).reshape(8, 8)) > 0.03
+
+
+def test_layouts_that_do_not_divide_a_step_are_errors(make_index: MakeIndex) -> None:
+    planner = make_planner(random_index(make_index, 0))
+    with pytest.raises(ValueError, match=r"packs_per_step = 8 .* 3 data-parallel ranks × 2 .*multiple of 3"):
+        planner.plan_step(0, DataLayout(3, 2))
+    with pytest.raises(ValueError, match="use 4 microbatches"):
+        planner.plan_step(0, DataLayout(2, 2))
+    with pytest.raises(ValueError, match="0 data-parallel ranks"):
+        planner.plan_step(0, DataLayout(0, 2))
+    with pytest.raises(IndexError, match="no step -1"):
+        planner.plan_step(-1, DataLayout(2, 4))
+
+
+def test_samples_over_a_budget_are_dropped_and_listed(make_index: MakeIndex) -> None:
+    index = make_index(
+        {"name": "text", "tokens": [10, 65, 64]}, {"name": "chart", "tokens": [30, 31, 90], "tiles": [7, 6, 8]}
+    )
+    planner = make_planner(index)
+    assert planner.dropped.tolist() == [1, 3, 5]
+    assert planner.describe_dropped() == [
+        "sample 'text/2': 65 tokens and 0 tiles; a pack holds 64 tokens and 6 tiles",
+        "sample 'chart/1': 30 tokens and 7 tiles; a pack holds 64 tokens and 6 tiles",
+        "sample 'chart/3': 90 tokens and 8 tiles; a pack holds 64 tokens and 6 tiles",
+    ]
+    assert len(planner.describe_dropped(limit=1)) == 1
+    packs = [p for step in range(planner.num_packs(2)) for p in planner.plan_step(step, DataLayout(8, 1)).packs]
+    assert {s for s, _ in drawn(packs)} == {0, 2, 4}
+    with pytest.raises(ValueError, match=r"none of 6 samples fits .* sample 'text/1': 10 tokens"):
+        make_planner(index, pack_tokens=9)
+
+
+@given(seed=st.integers(0, 2**32), size=st.integers(1, 70))
+@settings(max_examples=30, deadline=None)
+def test_sequential_pass_holds_every_sample_once(make_index: MakeIndex, seed: int, size: int) -> None:
+    index = random_index(make_index, seed, size=size + 1, longest=TOKENS + 3)
+    s = PlanSettings(seed=0, pack_tokens=TOKENS, pack_tiles=TILES, packs_per_step=8, window=16)
+    planner = Planner(index, Sequential(index), s)
+    assert planner.num_steps is not None
+    plans = [planner.plan_step(step, DataLayout(4, 2)) for step in range(planner.num_steps)]
+    packs = [p for plan in plans for p in plan.packs]
+    expected = set(range(size + 1)) - set(planner.dropped.tolist())
+    assert Counter(drawn(packs)) == Counter((sample, 0) for sample in expected)
+    num_packs = planner.num_packs(1)
+    assert [len(p.samples) > 0 for p in packs] == [number < num_packs for number in range(len(packs))]
+    assert len(packs) - num_packs < 8  # only the last step is padded
+    with pytest.raises(IndexError, match=f"no step {planner.num_steps}: the pass has {planner.num_steps}"):
+        planner.plan_step(planner.num_steps, DataLayout(4, 2))
+
+
+def test_training_packs_are_shuffled_and_endless(make_index: MakeIndex) -> None:
+    index = make_index({"name": "a", "tokens": [1 + i % 60 for i in range(200)]})
+    planner = make_planner(index, window=200)
+    assert planner.num_steps is None
+    epochs = []
+    for first in (0, planner.num_packs(1)):
+        plans = [planner.plan_step(step, DataLayout(8, 1)) for step in range(first // 8, first // 8 + 2)]
+        epochs.append([sorted(p.samples.tolist()) for plan in plans for p in plan.packs])
+    assert epochs[0] != epochs[1]
+    # Best fit decreasing opens packs with ever shorter samples; training must not see them in that order.
+    longest = [max(index.samples["num_tokens"][p]) for p in epochs[0]]
+    assert longest != sorted(longest, reverse=True)
+    assert planner.plan_step(10_000 // 8, DataLayout(8, 1)).epoch > 100
+
+
+EXAMPLE_TOKENS = [1 + (i * i) % 60 for i in range(50)]
+EXAMPLE = (
+    {"name": "text", "tokens": EXAMPLE_TOKENS},
+    {"name": "chart", "tokens": EXAMPLE_TOKENS, "tiles": [i % 5 for i in range(50)]},
+)
+RECORDED = ["1898c290fe332004a39399122d41efe2", "95b3c2cc61da13d3855864da3ea4e582"]
+
+
+def example_digests(index: Any) -> list[str]:
+    planner = make_planner(index, MixtureSettings(), seed=5)
+    return [planner.plan_step(step, DataLayout(2, 4)).digest() for step in (0, 9)]
+
+
+def test_recorded_digests(make_index: MakeIndex) -> None:
+    """A refactoring must not change plans: a run that is resumed would train on other data."""
+    assert example_digests(make_index(*EXAMPLE)) == RECORDED
+
+
+def test_another_process_makes_the_same_plan(request: pytest.FixtureRequest) -> None:
+    code = (
+        "import json, runpy\n"
+        f"fakes = runpy.run_path({str(request.path.with_name('conftest.py'))!r})\n"
+        f"tests = runpy.run_path({str(request.path)!r})\n"
+        "index = fakes['fake_index'](*(fakes['FakeDataset'](**d) for d in tests['EXAMPLE']))\n"
+        "print(json.dumps(tests['example_digests'](index)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "7"}
+    )
+    assert json.loads(done.stdout) == RECORDED
+
+
+def test_planning_is_fast(make_index: MakeIndex) -> None:
+    rng = np.random.default_rng(0)
+    size = 300_000
+    index = make_index({"name": "a", "tokens": rng.integers(20, 4000, size), "tiles": rng.integers(0, 9, size)})
+    planner = make_planner(index, pack_tokens=16384, pack_tiles=48, packs_per_step=512, window=16384)
+    begun = time.perf_counter()
+    planner.plan_step(50, DataLayout(128, 4))
+    jumped = time.perf_counter()
+    for step in range(51, 61):
+        planner.plan_step(step, DataLayout(128, 4))
+    assert jumped - begun < 3.0  # orders and counts a whole epoch
+    assert (time.perf_counter() - jumped) / 10 < 0.2

@@ -1,0 +1,309 @@
+"""Training does not depend on the layout: every one equals a plain loop in one process, in float64.
+
+The four packs of a step go to 1 × 4, 2 × 2 and 4 × 1 ranks × microbatches; some ranks have no image, one step has
+none at all, drop path is on, gradients are clipped.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from evovlm.engine.engine import Engine, local
+from evovlm.engine.optimizer import lr_factor
+from evovlm.models import decoder as decoder_module
+from evovlm.models.hf.names import EMBEDDING, LM_HEAD
+from evovlm.models.sharding import module_of
+from evovlm.parallel.fork import run_ranks
+from evovlm.parallel.layout import Layout, ParallelPlan
+from evovlm.parallel.world import World
+
+from .support import (
+    OPTIM,
+    SMALL,
+    STEPS,
+    Trained,
+    assert_same_training,
+    build,
+    denominator,
+    microbatch,
+    plain_loss,
+    plain_model,
+    run_steps,
+    train_plainly,
+    weights_of,
+)
+
+TIED = replace(SMALL, decoder=replace(SMALL.decoder, tie_embeddings=True))
+
+
+def alike(dp: int, zero: Literal[1, 2, 3], shard: int = 0) -> ParallelPlan:
+    layout = Layout(dp=dp, zero=zero, shard=shard)
+    return ParallelPlan(vit=layout, projector=layout, llm=layout)
+
+
+MIXED = ParallelPlan(vit=Layout(dp=4, zero=3, shard=2), projector=Layout(dp=4, zero=2), llm=Layout(dp=4, zero=1))
+"""Every module its own layout: what the ViT does says nothing of the LLM."""
+
+Options = dict[str, Any]
+CASES: dict[tuple[int, str], Options] = {
+    (1, "zero 3"): {},
+    (2, "zero 1"): {"plan": alike(2, 1)},
+    (2, "zero 2"): {"plan": alike(2, 2)},
+    (2, "zero 3"): {"plan": alike(2, 3)},
+    (2, "copies"): {"plan": alike(2, 1, shard=1)},
+    (2, "recompute all"): {"recompute": {"vit": "full", "llm": "full"}},
+    (2, "recompute some"): {"recompute": {"vit": "selective", "llm": "selective"}, "plan": alike(2, 1)},
+    (4, "zero 1"): {"plan": alike(4, 1)},
+    (4, "zero 3"): {"plan": alike(4, 3)},
+    (4, "hybrid, zero 1"): {"plan": alike(4, 1, shard=2)},
+    (4, "hybrid, zero 2"): {"plan": alike(4, 2, shard=2)},
+    (4, "hybrid, zero 3"): {"plan": alike(4, 3, shard=2)},
+    (4, "mixed"): {"plan": MIXED},
+}
+FROZEN: tuple[tuple[str, ...], ...] = (("vit",), ("llm",), ("vit", "projector"), ("projector", "llm"))
+
+
+def in_world(size: int, job: Callable[[World], dict[Any, Any]]) -> dict[Any, Any]:
+    """Results of rank 0; those of other ranks must be the same numbers."""
+    results = run_ranks(size, job, timeout=300)
+    for other in results[1:]:
+        for case, trained in other.items():
+            if isinstance(trained, Trained):
+                assert (trained.losses, trained.norms) == (results[0][case].losses, results[0][case].norms)
+    return results[0]
+
+
+@pytest.fixture(scope="module")
+def reference() -> Trained:
+    return train_plainly()
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[tuple[int, str], Trained]:
+    """Every case, one world for each number of ranks."""
+
+    def job(world: World) -> dict[tuple[int, str], Trained]:
+        mine = {case: options for case, options in CASES.items() if case[0] == world.size}
+        return {case: run_steps(build(world, **options)) for case, options in mine.items()}
+
+    return {case: result for size in (1, 2, 4) for case, result in in_world(size, job).items()}
+
+
+def test_the_cases_are_what_they_should_be(reference: Trained) -> None:
+    for size in (2, 4):
+        tiles = [sum(len(batch.tiles) for batch in STEPS[0][rank::size]) for rank in range(size)]
+        assert min(tiles) == 0 < max(tiles)  # a rank with only text beside a rank with images
+    assert sum(len(batch.tiles) for batch in STEPS[1]) == 0
+    assert any(not batch.weights.any() for batch in STEPS[2])
+    assert any(reference.clipped)
+    assert len(reference.weights) == len(list(weights_of(SMALL)))
+
+
+def test_drop_path_is_on(reference: Trained) -> None:
+    without = replace(SMALL, vision=replace(SMALL.vision, drop_path_rate=0.0))
+    assert abs(train_plainly(without).losses[0] - reference.losses[0]) > 1e-4
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]} ranks, {case[1]}")
+def test_every_layout_trains_like_one_process(
+    case: tuple[int, str], trained: dict[tuple[int, str], Trained], reference: Trained
+) -> None:
+    assert_same_training(trained[case], reference)
+
+
+@pytest.fixture(scope="module")
+def variants() -> dict[Any, Any]:
+    """Other models and settings, on two ranks that have both text and images, and text alone."""
+
+    def job(world: World) -> dict[Any, Any]:
+        results: dict[Any, Any] = {
+            "tied": run_steps(build(world, TIED)),
+            "float32": run_steps(build(world, precision="float32")),
+        }
+        engine = build(world, TIED)
+        results["still tied"] = engine.model.language_model.lm_head.weight is (  # type: ignore[union-attr]
+            engine.model.language_model.model.embed_tokens.weight  # type: ignore[union-attr]
+        )
+        for freeze in FROZEN:
+            engine = build(world, freeze=freeze)
+            results[freeze] = run_steps(engine)
+            frozen = [p for name, p in engine.model.named_parameters() if module_of(name) in freeze]
+            optimised = {id(p) for group in engine.optimizer.param_groups for p in group["params"]}
+            results["gradients", freeze] = sum(p.grad is not None or id(p) in optimised for p in frozen)
+        return results
+
+    return in_world(2, job)
+
+
+def test_a_tied_head_stays_tied_under_sharding(variants: dict[Any, Any]) -> None:
+    assert variants["still tied"]
+    assert LM_HEAD not in variants["tied"].weights
+    assert_same_training(variants["tied"], train_plainly(TIED))
+
+
+def test_float32_follows_float64(variants: dict[Any, Any], reference: Trained) -> None:
+    ours = variants["float32"]
+    torch.testing.assert_close(torch.tensor(ours.losses), torch.tensor(reference.losses), rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.tensor(ours.norms), torch.tensor(reference.norms), rtol=1e-4, atol=0)
+    assert {w.dtype for w in ours.weights.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("freeze", FROZEN, ids=" and ".join)
+def test_frozen_modules_do_not_change(freeze: tuple[str, ...], variants: dict[Any, Any]) -> None:
+    ours = variants[freeze]
+    assert variants["gradients", freeze] == 0
+    assert_same_training(ours, train_plainly(freeze=freeze))
+    for name, start in weights_of(SMALL):
+        assert torch.equal(ours.weights[name], start) == (module_of(name) in freeze), name
+
+
+def gradients(engine: Engine) -> list[Tensor | None]:
+    return [None if p.grad is None else local(p.grad) for p in engine.model.parameters()]
+
+
+@pytest.fixture(scope="module")
+def events() -> dict[str, Any]:
+    """Things that happen to an engine, each seen from both ranks."""
+
+    def job(world: World) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+        mine = [step[world.rank :: world.size] for step in STEPS]
+
+        # A damaged sample: on one rank only.
+        damaged = microbatch(5, 1)
+        if world.rank == 1:
+            damaged.tiles[0, 0, 0, 0] = math.inf
+        engine = build(world)
+        run_steps(engine, STEPS[:1])
+        before = dict(engine.named_full_tensors())
+        try:
+            engine.train_step([damaged], 3.0)
+        except FloatingPointError as error:
+            seen["damaged"] = str(error)
+        seen["untouched"] = all(torch.equal(w, before[name]) for name, w in engine.named_full_tensors())
+        seen["dropped"] = all(g is None for g in gradients(engine))
+        seen["afterwards"] = run_steps(engine, STEPS[1:])
+
+        # Evaluation in between changes nothing and counts what is there.
+        for zero in (1, 3):
+            engine = build(world, plan=alike(2, zero))  # type: ignore[arg-type]
+            run_steps(engine, STEPS[:1])
+            seen[f"evaluated {zero}"] = engine.evaluate(iter([*mine, [microbatch(9, 0, supervised=0.0)]]))
+            seen[f"resumed {zero}"] = run_steps(engine, STEPS[1:])
+
+        # bfloat16: what the rotary angles are made of, and what stays wide.
+        angles, received = decoder_module.rotary_angles, []
+
+        def watched(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+            received.append((positions.dtype, bool((positions % 1 != 0).any())))
+            return angles(positions, head_dim, theta)
+
+        decoder_module.rotary_angles = watched
+        try:
+            for zero in (1, 3):
+                engine = build(world, plan=alike(2, zero), precision="bfloat16")  # type: ignore[arg-type]
+                seen[f"bfloat16 {zero}"] = run_steps(engine)
+                engine.evaluate([mine[0]])
+                seen[f"masters {zero}"] = {w.dtype for _, w in engine.named_full_tensors()}
+        finally:
+            decoder_module.rotary_angles = angles
+        seen["positions"] = set(received)
+
+        # Nothing to learn at all.
+        try:
+            engine.train_step([microbatch(1, 1, supervised=0.0)], 0.0)
+        except ValueError as error:
+            seen["no target"] = str(error)
+        return seen
+
+    return run_ranks(2, job, timeout=300)[0]
+
+
+def test_a_loss_that_is_not_finite_leaves_the_weights_alone(events: dict[str, Any], reference: Trained) -> None:
+    assert "not finite; the step was not applied" in events["damaged"]
+    assert events["untouched"]
+    assert events["dropped"]
+    # Nor does the optimizer remember: training goes on as if that step had never been.
+    after = events["afterwards"]
+    assert_same_training(after, Trained(reference.losses[1:], reference.norms[1:], after.clipped, reference.weights))
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_evaluation_is_the_mean_over_all_and_changes_nothing(
+    zero: int, events: dict[str, Any], reference: Trained
+) -> None:
+    model = plain_model()
+    one_step = train_plainly(steps=STEPS[:1]).weights
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(one_step[name])
+        batches = [batch for step in STEPS for batch in step]
+        expected = sum(float(plain_loss(model.eval(), batch)) for batch in batches)  # drop path off
+    loss, weight = events[f"evaluated {zero}"]
+    assert loss == pytest.approx(expected, rel=1e-10)
+    assert weight == pytest.approx(denominator(batches), rel=1e-12)
+    after = events[f"resumed {zero}"]
+    assert_same_training(after, Trained(reference.losses[1:], reference.norms[1:], after.clipped, reference.weights))
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_bfloat16_computes_narrow_and_keeps_positions_and_masters_wide(
+    zero: int, events: dict[str, Any], reference: Trained
+) -> None:
+    # True and False: packs with and without fractional positions.
+    assert events["positions"] == {(torch.float32, True), (torch.float32, False)}
+    assert events[f"masters {zero}"] == {torch.float32}  # also right after an evaluation
+    narrow = events[f"bfloat16 {zero}"]
+    torch.testing.assert_close(torch.tensor(narrow.losses), torch.tensor(reference.losses), rtol=0.02, atol=0)
+    assert narrow.losses[0] != pytest.approx(reference.losses[0], rel=1e-6)  # it did compute in bfloat16
+
+
+def test_a_step_without_a_target_is_an_error(events: dict[str, Any]) -> None:
+    assert "none of its samples has a target" in events["no target"]
+
+
+def test_settings_and_weights_that_do_not_fit_are_errors() -> None:
+    def job(world: World) -> list[str]:
+        def message(**options: Any) -> str:
+            try:
+                build(world, **options)
+            except ValueError as error:
+                return str(error)
+            return "no error"
+
+        weights = dict(weights_of(SMALL))
+        short = {name: w for name, w in weights.items() if name != EMBEDDING}
+        return [
+            message(freeze=("vit", "projector", "llm")),
+            message(freeze=("vision",)),
+            message(weights=iter(short.items())),
+            message(weights=iter([*weights.items(), ("extra.weight", torch.zeros(1))])),
+            message(weights=iter([(EMBEDDING, torch.zeros(3, 16))])),
+        ]
+
+    everything, module, missing, unknown, shape = run_ranks(1, job)[0]
+    assert "every parameter is frozen" in everything
+    assert "no module 'vision'; there are vit, projector and llm" in module
+    assert f"1 weights are missing, such as {EMBEDDING}" in missing
+    assert "weights hold 'extra.weight', which the model does not have" in unknown
+    assert f"weight {EMBEDDING!r} has shape [3, 16], the model [37, 16]" in shape
+
+
+def test_the_schedule_scales_every_group() -> None:
+    def job(world: World) -> list[dict[str, float]]:
+        engine = build(world)
+        rates = []
+        for step in range(3):
+            engine.train_step(STEPS[0], denominator(STEPS[0]), lr_factor(step, 3, OPTIM))
+            rates.append({group["name"]: group["lr"] for group in engine.optimizer.param_groups})
+        return rates
+
+    for step, rates in enumerate(run_ranks(1, job)[0]):
+        factor = lr_factor(step, 3, OPTIM)
+        base = {"vit": 0.005, "projector": 0.02, "llm": 0.01}
+        assert rates == {name: pytest.approx(base[name.split("/")[0]] * factor) for name in rates}

@@ -1,0 +1,132 @@
+"""The decoder: packed segments equal segments alone, positions reach the rotation, heads tie."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from evovlm.csrc.ops import packed_attention_reference
+from evovlm.models import decoder as decoder_module
+from evovlm.models.config import DecoderConfig, InternVLConfig
+from evovlm.models.decoder import Decoder, PackedAttend
+from evovlm.models.internvl import InternVL
+from evovlm.models.v2pe import segment_positions
+
+MakeModel = Callable[[InternVLConfig], InternVL]
+
+
+@pytest.fixture(scope="module")
+def decoder(small_config: InternVLConfig, make_model: MakeModel) -> Decoder:
+    return make_model(small_config).language_model
+
+
+def packed(lengths: list[int], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, positions that restart, borders."""
+    tokens = torch.randint(0, 40, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
+    positions = torch.cat([torch.arange(n, dtype=torch.float64) for n in lengths])
+    return tokens, positions, torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=5), st.integers(0, 100))
+def test_a_pack_equals_its_segments(decoder: Decoder, lengths: list[int], seed: int) -> None:
+    tokens, positions, borders = packed(lengths, seed)
+    together = decoder(tokens, positions, borders)
+    alone = [
+        decoder(tokens[a:b], positions[a:b], torch.tensor([0, b - a], dtype=torch.int32))
+        for a, b in pairwise(borders.tolist())
+    ]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-12)
+
+
+def test_attention_is_an_argument(decoder: Decoder) -> None:
+    tokens, positions, borders = packed([4, 6])
+    calls: list[int] = []
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        calls.append(layer)
+        assert (q.shape, k.shape) == ((10, 4, 4), (10, 2, 4))
+        return packed_attention_reference(q, k, v, borders.tolist())
+
+    model = decoder.model
+    out = model(model.embed_tokens(tokens), positions, attend)
+    torch.testing.assert_close(out, model(model.embed_tokens(tokens), positions, PackedAttend(borders)))
+    assert calls == [0, 1]
+
+
+def test_future_tokens_are_not_seen(decoder: Decoder) -> None:
+    tokens, positions, borders = packed([8])
+    changed = tokens.clone()
+    changed[5] = (changed[5] + 1) % 40
+    before, after = decoder(tokens, positions, borders), decoder(changed, positions, borders)
+    assert torch.equal(before[:5], after[:5])
+    assert not torch.allclose(before[5:], after[5:])
+
+
+def test_stride_one_gives_the_logits_of_ordinary_positions(decoder: Decoder) -> None:
+    tokens, _, borders = packed([20])
+    runs = [(3, 8), (13, 4)]
+    ordinary = decoder(tokens, torch.arange(20, dtype=torch.float32), borders)
+
+    def at_stride(delta: float) -> Tensor:
+        return decoder(tokens, torch.from_numpy(segment_positions(20, runs, [delta, delta])), borders)
+
+    assert torch.equal(at_stride(1.0), ordinary)
+    assert not torch.allclose(at_stride(0.25)[4:], ordinary[4:])
+    assert not torch.allclose(at_stride(1 / 256)[4:], at_stride(1 / 128)[4:])
+
+
+def test_positions_stay_float32_in_a_bfloat16_model(
+    small_config: InternVLConfig, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    angles = decoder_module.rotary_angles
+
+    def watched(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+        seen.append(positions)
+        return angles(positions, head_dim, theta)
+
+    monkeypatch.setattr(decoder_module, "rotary_angles", watched)
+    narrow = make_model(small_config).language_model.bfloat16()
+    tokens, _, borders = packed([300])
+    positions = torch.from_numpy(segment_positions(300, [(20, 256)], [1 / 256]))
+    assert narrow(tokens, positions, borders).dtype == torch.bfloat16
+    assert [p.dtype for p in seen] == [torch.float32]
+    assert torch.equal(seen[0], positions)
+    assert len(positions.unique()) == 300  # bfloat16 would hold about a tenth of them
+
+
+def test_borders_on_a_device_are_refused() -> None:
+    with pytest.raises(ValueError, match="cu_seqlens must stay on the host"):
+        PackedAttend(torch.zeros(2, dtype=torch.int32, device="meta"))
+
+
+def test_tied_heads_share_one_parameter(small_config: InternVLConfig) -> None:
+    tied = Decoder(replace(small_config.decoder, tie_embeddings=True))
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    assert "lm_head.weight" not in dict(tied.named_parameters())
+    tied.to_empty(device="cpu")
+    tied.tie_weights()
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    free = Decoder(small_config.decoder)
+    assert free.lm_head.weight is not free.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_biases_are_those_of_the_family(small_config: InternVLConfig, bias: bool) -> None:
+    names = dict(Decoder(replace(small_config.decoder, qkv_bias=bias)).named_parameters())
+    found = {name.split(".")[-2] for name in names if name.endswith("bias")}
+    assert found == ({"q_proj", "k_proj", "v_proj"} if bias else set())  # never o_proj, never the MLP
+
+
+def test_shapes_that_do_not_fit_are_errors() -> None:
+    shape = {"vocab_size": 8, "hidden_size": 8, "num_layers": 1, "num_heads": 6, "ffn_size": 4}
+    with pytest.raises(ValueError, match="num_heads 6 is not a multiple of num_kv_heads 4"):
+        DecoderConfig(**shape, num_kv_heads=4, head_dim=4)
+    with pytest.raises(ValueError, match="head_dim 3 is odd"):
+        DecoderConfig(**shape, num_kv_heads=2, head_dim=3)
