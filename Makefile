@@ -49,7 +49,7 @@ imports: install-dev links  ## Which folder may import which
 
 # One thread for each test process: the tests run side by side, and start ranks of their own.
 pytest: install-dev  ## The tests; PYTEST_ARGS="-k packing -x" for some of them
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile $(PYTEST_ARGS)
 
 test-gpu: install-dev  ## The tests that need a CUDA device
 	$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch sees no CUDA device")'

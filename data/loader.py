@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict, Field
 
 from evovlm.data.batch import BatchSettings, ImageJob, MicroBatch, V2PESettings, build_microbatch
+from evovlm.data.curriculum import Curriculum
 from evovlm.data.images import MAX_PIXELS, Normalization, load_tiles
 from evovlm.data.index import Index
 from evovlm.data.plan import DataLayout, Planner, StepPlan
@@ -75,7 +76,7 @@ class Loader:
     def __init__(
         self,
         index: Index,
-        planner: Planner,
+        planner: Planner | Curriculum,
         layout: DataLayout,
         rank: int,
         *,

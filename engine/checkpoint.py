@@ -87,6 +87,17 @@ def save_checkpoint(
     return final
 
 
+def drop_later(run: Path, step: int) -> list[Path]:
+    """Delete a run's checkpoints after ``step``: a run that goes on from an earlier one has left them behind.
+
+    Otherwise ``--resume auto`` would later pick up the abandoned branch. The main rank calls this.
+    """
+    later = [path for number, path in list_checkpoints(run) if number > step]
+    for path in later:
+        shutil.rmtree(path)
+    return later
+
+
 def read_meta(path: Path) -> dict[str, Any]:
     """Read what a checkpoint says of itself.
 

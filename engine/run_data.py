@@ -1,8 +1,9 @@
 """The data of a run: its indexes, planners and loaders, checked against the model."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from evovlm.data.curriculum import Curriculum
 from evovlm.data.index import Index
 from evovlm.data.loader import Loader, LoaderSettings
 from evovlm.data.mixture import Mixture, MixtureSettings
@@ -18,7 +19,8 @@ class RunData:
 
     Attributes:
         index: The training index.
-        planner: Plans its steps.
+        planner: Plans steps of the whole mixture.
+        curriculum: Plans the run's steps: its phases, then ``planner``.
         total_steps: Optimizer steps of the run.
         layout: How a step's packs are spread over ranks and microbatches.
     """
@@ -27,17 +29,7 @@ class RunData:
         self.settings, self.source, self.world = settings, source, world
         self.index = _open_checked(settings.data.index, source)
         self.val_index = _open_checked(settings.data.val_index, source) if settings.data.val_index else None
-        ratio = settings.stage.language_ratio
-        mixture = Mixture(
-            self.index,
-            MixtureSettings(
-                weights=settings.data.weights,
-                language_ratio=None if ratio == "natural" else ratio,
-                replacement=settings.data.replacement,
-            ),
-            settings.seed,
-        )
-        self.mixture = mixture
+        self.mixture = self._mixture(settings.data.weights)
         plan_settings = PlanSettings(
             seed=settings.seed,
             pack_tokens=settings.data.pack_tokens,
@@ -46,7 +38,13 @@ class RunData:
             loss_weighting=settings.stage.weighting,
             window=settings.data.window,
         )
-        self.planner = Planner(self.index, mixture, plan_settings)
+        self.planner = Planner(self.index, self.mixture, plan_settings)
+        names = [info.name for info in self.index.datasets]
+        phases = [
+            (phase.steps, Planner(self.index, self._mixture(phase.over(names)), plan_settings))
+            for phase in settings.data.phases
+        ]
+        self.curriculum = Curriculum(phases, self.planner)
         self.val_planner: Planner | None = None
         if self.val_index is not None:
             # Validation has no use for a step of G packs: one pack per rank, so that little of it is padding.
@@ -55,7 +53,16 @@ class RunData:
         microbatches = max(1, settings.data.packs_per_step // world.size)
         self.layout = DataLayout(world.size, microbatches)
         self.planner.check_layout(self.layout)
-        self.total_steps = settings.steps or self._steps_of(settings.epochs or 1.0)
+        self.total_steps = settings.steps or self.curriculum.phase_steps + self._steps_of(settings.epochs or 1.0)
+
+    def _mixture(self, weights: Mapping[str, float]) -> Mixture:
+        ratio = self.settings.stage.language_ratio
+        mixture = MixtureSettings(
+            weights=dict(weights),
+            language_ratio=None if ratio == "natural" else ratio,
+            replacement=self.settings.data.replacement,
+        )
+        return Mixture(self.index, mixture, self.settings.seed)
 
     def _steps_of(self, epochs: float) -> int:
         whole = self.planner.num_packs(math.ceil(epochs))
@@ -78,6 +85,9 @@ class RunData:
             f"{self.planner.num_packs(1):,} packs per epoch; {self.total_steps:,} steps of "
             f"{self.settings.data.packs_per_step} packs = {self.world.size} ranks × {self.layout.num_microbatches}"
         )
+        for phase in self.settings.data.phases:
+            drawn = ", ".join(f"{name} {weight:g}" for name, weight in phase.weights.items() if weight)
+            lines.append(f"a phase of {phase.steps:,} steps comes first, with draws in the ratio {drawn}")
         dropped = len(self.planner.dropped)
         if dropped:
             lines.append(f"{dropped:,} samples do not fit into a pack and are left out, such as:")
@@ -86,7 +96,7 @@ class RunData:
 
     def train_loader(self) -> Loader:
         """Load training steps of this rank."""
-        return self._loader(self.index, self.planner, self.layout, augment=True)
+        return self._loader(self.index, self.curriculum, self.layout, augment=True)
 
     def validation_loader(self) -> Loader:
         """Load the held-out index once, in order.
@@ -98,7 +108,7 @@ class RunData:
             raise ValueError("this run has no [data] val_index")
         return self._loader(self.val_index, self.val_planner, DataLayout(self.world.size, 1), augment=False)
 
-    def _loader(self, index: Index, planner: Planner, layout: DataLayout, *, augment: bool) -> Loader:
+    def _loader(self, index: Index, planner: Planner | Curriculum, layout: DataLayout, *, augment: bool) -> Loader:
         settings = self.settings.data
         return Loader(
             index,

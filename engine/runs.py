@@ -9,6 +9,7 @@ import json
 import platform
 import shutil
 import subprocess
+import warnings
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -99,7 +100,9 @@ def load_model(run: Path, checkpoint: Path | None = None, device: torch.device |
     model.to_empty(device=device or torch.device("cpu"))
     model.language_model.tie_weights()
     state = {"model": model.state_dict()}
-    load(state, storage_reader=FileSystemReader(checkpoint), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as meant: one process reads alone
+        load(state, storage_reader=FileSystemReader(checkpoint), no_dist=True)
     model.load_state_dict(state["model"])
     return model.eval()
 

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from evovlm.data.curriculum import Phase
 from evovlm.engine.recompute import Recompute
 from evovlm.engine.stages import PretrainStage, SFTStage
 
@@ -92,6 +93,8 @@ class DataSettings(Settings):
     """Samples that are packed together."""
     weights: dict[str, float] = {}
     """Sampling weight per dataset of the index; absent means its number of samples times its repeat_time."""
+    phases: tuple[Phase, ...] = ()
+    """Steps at the beginning of the run that draw from some datasets only."""
     replacement: bool = False
     """Draw with replacement by weight instead of passing over every sample."""
     normalize: Literal["imagenet", "clip", "siglip"] = "imagenet"

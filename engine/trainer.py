@@ -20,7 +20,7 @@ from typing import Any
 
 from evovlm.data.batch import MicroBatch
 from evovlm.data.plan import StepPlan
-from evovlm.engine.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from evovlm.engine.checkpoint import drop_later, list_checkpoints, load_checkpoint, save_checkpoint
 from evovlm.engine.engine import Engine
 from evovlm.engine.flops import forward_flops, peak_flops, training_flops
 from evovlm.engine.model_source import ModelSource, open_source
@@ -77,6 +77,8 @@ def train(settings: RunSettings, world: World, resume: str = "none") -> Path:
             log.message(line)
         if checkpoint is not None:
             log.message(f"resumed from {checkpoint} at step {start}")
+            for path in drop_later(settings.out, start) if world.is_main else ():
+                log.message(f"deleted {path}, which this run has left behind")
         finished = _Loop(settings, world, source, data, engine, identity, log, stop).run(start)
         if finished and settings.export != "none":
             export(engine, source, settings.out / "export", settings.export, settings.data.normalize)
@@ -248,6 +250,7 @@ def _identity(settings: RunSettings, source: ModelSource, data: RunData) -> dict
             settings.data.window,
         ],
         "mixture": [settings.data.weights, settings.data.replacement],
+        "phases": [phase.model_dump(mode="json") for phase in settings.data.phases],
     }
 
 

@@ -115,7 +115,7 @@ def plan(settings: "RunSettings", *, first: int, steps: int, num_ranks: int) -> 
         table.add_column(column, justify="right")
     capacity = settings.data.packs_per_step * settings.data.pack_tokens
     for step in range(first, first + steps):
-        planned = data.planner.plan_step(step, data.layout)
+        planned = data.curriculum.plan_step(step, data.layout)
         counts = (planned.num_samples, planned.num_tokens)
         table.add_row(
             str(step),

@@ -4,7 +4,12 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import hypothesis
 import pytest
+
+# The default deadline of 200 ms per example fails on busy machines; no test is about time.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 TINY_TEXTS = (
     "What digits does the image show, row by row? Read the word in the picture. Which bar of the chart is highest?",

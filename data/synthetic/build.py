@@ -2,7 +2,7 @@
 
     OUT/images/…                 PNG
     OUT/jsonl/…                  one conversation or one pre-training document a line
-    OUT/text/{train,val}.bin     real plain text as a Megatron corpus
+    OUT/text.{bin,idx}           real plain text as a Megatron corpus
     OUT/tokenizer/               a small byte-level BPE
     OUT/{pretrain,sft,val,test}.json    InternVL meta files
     OUT/summary.json             counts, and the best constant answer of each task; written last
@@ -201,27 +201,27 @@ def _write_text(out: Path, seed: int, texts: list[str]) -> None:
     capitals = re.compile(r"[A-Z]{2,}")
     build_tokenizer([capitals.sub("", text) for text in (*texts, *frame, *prose)], out / "tokenizer", VOCAB_SIZE)
     tokenizer = Tokenizer.load(out / "tokenizer")
-    (out / "text").mkdir(exist_ok=True)
-    for split in ("train", "val"):
-        encoded = [[*tokenizer.encode(document.text), tokenizer.end_of_text] for document in documents[split]]
-        write_corpus(out / "text" / split, encoded)
+    encoded = [[*tokenizer.encode(document.text), tokenizer.end_of_text] for document in documents["train"]]
+    write_corpus(out / "text", encoded)
+
+
+def _dataset_name(key: str) -> str:
+    _, part, form = key.split("/")
+    return part if form == "page" else f"{part}_{form}"
 
 
 def _write_metas(out: Path, files: dict[str, Path]) -> None:
     def entry(key: str, repeat: float = 1) -> dict[str, Any]:
         return {"root": "images", "annotation": str(files[key].relative_to(out)), "repeat_time": repeat}
 
-    def text(split: str) -> dict[str, Any]:
-        return {"root": "", "annotation": f"text/{split}", "format": "megatron"}
-
     training = [key for key in files if key.startswith("train/")]
     metas = {
         "pretrain": {
-            **{"_".join(key.split("/")[1:]): entry(key, _REPEAT[key.split("/")[2]]) for key in training},
-            "text": text("train"),
+            **{_dataset_name(key): entry(key, _REPEAT[key.split("/")[2]]) for key in training},
+            "text": {"root": "", "annotation": "text", "format": "megatron"},
         },
         "sft": {task: entry(f"train/{task}/chat") for task in TASKS},
-        "val": {**{task: entry(f"val/{task}/chat") for task in TASKS}, "text": text("val")},
+        "val": {task: entry(f"val/{task}/chat") for task in TASKS},
         "test": {task: entry(f"test/{task}/chat") for task in TASKS},
     }
     for name, meta in metas.items():

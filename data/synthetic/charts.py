@@ -35,6 +35,7 @@ COLOURS = {
 }
 _SIZES = ((56, 56), (112, 56), (112, 112), (56, 112))  # 1, 3, 5 and 3 tiles at tile size 56
 _TOP = 8  # bar values are 1 … 8
+_MOST_PARTS = 4  # bars stand in this many slots, from the left
 _DPI = 72  # so that a point is a pixel
 
 
@@ -63,9 +64,9 @@ class Chart:
 
 
 def draw_chart(draws: Draws, kind: str, split: Split) -> Chart:
-    """Draw 2 to 5 colours and values, all different, until the chart's hash falls into the split."""
+    """Draw 2 to 4 colours and values, all different, until the chart's hash falls into the split."""
     for attempt in range(1000):
-        count = draws.integer(f"{attempt}/count", 2, 5)
+        count = draws.integer(f"{attempt}/count", 2, _MOST_PARTS)
         colours = draws.shuffled(f"{attempt}/colours", tuple(COLOURS))[:count]
         values = draws.shuffled(f"{attempt}/values", range(1, _TOP + 1))[:count]
         chart = Chart(kind, tuple(colours), tuple(values))
@@ -87,12 +88,10 @@ class _Panel:
             self.axes = figure.add_axes((0.0, 0.0, 1.0, 1.0), xlim=(-1.08, 1.08), ylim=(-1.08, 1.08))
             self.axes.set_axis_off()
         else:
-            left, bottom = 13 / size[0], 4 / size[1]
-            place = (left, bottom, 0.98 - left, 0.96 - bottom)
-            self.axes = figure.add_axes(place, xlim=(0, 1), ylim=(0, _TOP + 0.4))
+            # Slots over the whole width: at 56 pixels a bar is a patch of the ViT wide, at 112 a visual token.
+            self.axes = figure.add_axes((0.0, 0.0, 1.0, 1.0), xlim=(0, 1), ylim=(0, _TOP + 0.4))
             self.axes.set_xticks([])
             self.axes.set_yticks(range(0, _TOP + 1, 2))
-            self.axes.tick_params(axis="y", labelsize=8, length=2, pad=1)
             self.axes.grid(axis="y", linewidth=0.5)
         self.canvas.draw()
         self.empty = self.canvas.copy_from_bbox(figure.bbox)
@@ -100,7 +99,7 @@ class _Panel:
     def draw(self, chart: Chart) -> Image.Image:
         self.canvas.restore_region(self.empty)
         ends = np.cumsum((0, *chart.values)) * (360 / sum(chart.values))
-        step = 1 / len(chart.values)
+        step = 1 / _MOST_PARTS
         for i, (colour, value) in enumerate(zip(chart.colours, chart.values, strict=True)):
             paint = COLOURS[colour]
             shape: Wedge | Rectangle

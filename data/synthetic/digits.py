@@ -39,12 +39,12 @@ def _cell(digit: Digit, size: int, draws: Draws, name: str, jitter: bool) -> Ima
     """The digit enlarged to ``size``, ink white on black; one inverse affine map from output to the 8×8 pixels."""
     turn = stretch_x = stretch_y = shear = shift_x = shift_y = 0.0
     if jitter:
-        turn = math.radians(draws.uniform(f"{name}/turn", -10, 10))
-        stretch_x = draws.uniform(f"{name}/stretch_x", -0.12, 0.12)
-        stretch_y = draws.uniform(f"{name}/stretch_y", -0.12, 0.12)
-        shear = draws.uniform(f"{name}/shear", -0.15, 0.15)
-        shift_x = draws.uniform(f"{name}/shift_x", -0.6, 0.6)
-        shift_y = draws.uniform(f"{name}/shift_y", -0.6, 0.6)
+        turn = math.radians(draws.uniform(f"{name}/turn", -7, 7))
+        stretch_x = draws.uniform(f"{name}/stretch_x", -0.08, 0.08)
+        stretch_y = draws.uniform(f"{name}/stretch_y", -0.08, 0.08)
+        shear = draws.uniform(f"{name}/shear", -0.1, 0.1)
+        shift_x = draws.uniform(f"{name}/shift_x", -0.4, 0.4)
+        shift_y = draws.uniform(f"{name}/shift_y", -0.4, 0.4)
     border = 2
     image = ImageOps.expand(Image.fromarray(digit.pixels), border=border, fill=0)
     scale = 9.0 / size  # 8 pixels of ink and half a pixel of paper on each side
@@ -64,8 +64,8 @@ def _grid(
     chosen = [draws.choice(f"{name}/digit/{i}", pool) for i in range(cols * rows)]
     for i, digit in enumerate(chosen):
         canvas.paste(_cell(digit, size, draws, f"{name}/{i}", jitter), (i % cols * size, i // cols * size))
-    red, green, blue = (draws.integer(f"{name}/ink/{c}", 200, 255) for c in range(3))
-    paper_red, paper_green, paper_blue = (draws.integer(f"{name}/paper/{c}", 0, 50) for c in range(3))
+    red, green, blue = (draws.integer(f"{name}/ink/{c}", 225, 255) for c in range(3))
+    paper_red, paper_green, paper_blue = (draws.integer(f"{name}/paper/{c}", 0, 25) for c in range(3))
     return ImageOps.colorize(canvas, (paper_red, paper_green, paper_blue), (red, green, blue)), chosen
 
 

@@ -46,16 +46,16 @@ def draw_text(draws: Draws, split: Split, text: str) -> tuple[Image.Image, str]:
     """Set ``text`` brightly over a dimmed photograph crop; returns the image and the photograph's name."""
     size = _SIZES[len(text)]
     photo, source = _background(draws, split, size)
-    image = ImageEnhance.Brightness(photo).enhance(draws.uniform("dim", 0.25, 0.5))
+    image = ImageEnhance.Brightness(photo).enhance(draws.uniform("dim", 0.15, 0.35))
     font = _font(draws.choice("font", sources.fonts()), _FONT_SIZE)
     left, top, right, bottom = font.getbbox(text)
     layer = Image.new("L", (int(right - left) + 4, int(bottom - top) + 4), 0)
     ImageDraw.Draw(layer).text((2 - left, 2 - top), text, font=font, fill=255)
     # A lone letter keeps a letter's shape; longer texts fill the width.
-    width = draws.uniform("width", 24, 44) if len(text) == 1 else size[0] * draws.uniform("width", 0.86, 0.98)
-    layer = layer.resize((int(width), int(draws.uniform("height", 34, 50))), Image.Resampling.BICUBIC)
+    width = draws.uniform("width", 26, 40) if len(text) == 1 else size[0] * draws.uniform("width", 0.92, 0.99)
+    layer = layer.resize((int(width), int(draws.uniform("height", 40, 50))), Image.Resampling.BICUBIC)
     x, y = (int(draws.uniform(f"at/{axis}") * (size[axis] - layer.size[axis])) for axis in range(2))
-    red, green, blue = (draws.integer(f"ink/{c}", 205, 255) for c in range(3))
+    red, green, blue = (draws.integer(f"ink/{c}", 225, 255) for c in range(3))
     image.paste(Image.new("RGB", layer.size, (red, green, blue)), (x, y), layer)
     return image, source
 

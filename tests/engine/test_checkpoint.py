@@ -12,6 +12,7 @@ from evovlm.engine import checkpoint as checkpoint_module
 from evovlm.engine.checkpoint import (
     META_FILE,
     checkpoint_dir,
+    drop_later,
     list_checkpoints,
     load_checkpoint,
     read_meta,
@@ -187,3 +188,11 @@ def test_an_interrupted_save_leaves_nothing_that_counts(tmp_path: Path) -> None:
 
     assert run_ranks(1, job)[0] == [[1], [2]]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000002"]
+
+
+def test_a_run_that_goes_back_drops_what_it_leaves_behind(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        checkpoint_dir(tmp_path, step).mkdir(parents=True)
+        (checkpoint_dir(tmp_path, step) / META_FILE).write_text("{}")
+    assert drop_later(tmp_path, 4) == [checkpoint_dir(tmp_path, 6)]
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [2, 4]
