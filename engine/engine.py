@@ -69,6 +69,7 @@ class Engine:
         precision: Precision = "float32",
         recompute: Mapping[str, Recompute] | None = None,
         freeze: Sequence[str] = (),
+        min_unit: int = 0,
     ) -> "Engine":
         """Build a model straight into its sharded form: no rank ever holds it whole.
 
@@ -81,6 +82,7 @@ class Engine:
             precision: ``float32``, ``bfloat16`` (float32 master weights) or ``float64``.
             recompute: Module → activation checkpointing.
             freeze: Modules that are not trained.
+            min_unit: Sharding units of fewer parameters join the root (see ``shard_model``).
 
         Raises:
             ValueError: A weight is missing, unknown or of another shape; a frozen module does not exist.
@@ -97,7 +99,9 @@ class Engine:
         apply_recompute(model, CHECKPOINTED_BLOCKS, recompute or {})
         layouts = {"vit": plan.vit, "projector": plan.projector, "llm": plan.llm}
         compute = None if dtypes.compute == dtypes.master else dtypes.compute
-        shard_model(model, SHARDING_UNITS, layouts, device_type=world.device.type, compute_dtype=compute)
+        shard_model(
+            model, SHARDING_UNITS, layouts, device_type=world.device.type, compute_dtype=compute, min_unit=min_unit
+        )
         model.to_empty(device=world.device)
         tie_weights(model)
         load_weights(model, weights)

@@ -91,8 +91,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.2
                 return tflops * 1e12, f"{name} data sheet, bfloat16"
     size = 768
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    best, end = 0.0, time.perf_counter() + seconds
-    while time.perf_counter() < end:
+    torch.mm(a, b)  # the first product also sets the library up
+    best, repetitions, end = 0.0, 0, time.perf_counter() + seconds
+    while repetitions < 10 or time.perf_counter() < end:
+        repetitions += 1
         start = time.perf_counter()
         torch.mm(a, b)
         if device.type == "cuda":

@@ -136,6 +136,8 @@ class ParallelSettings(Settings):
     vit: LayoutSettings = LayoutSettings()
     projector: LayoutSettings = LayoutSettings()
     llm: LayoutSettings = LayoutSettings()
+    min_unit: int = Field(1_000_000, ge=0)
+    """Blocks of fewer parameters are gathered together with the root, where they share its layout."""
 
 
 class RecomputeSettings(Settings):

@@ -102,6 +102,7 @@ def build_engine(settings: RunSettings, source: ModelSource, world: World) -> En
         precision=settings.precision,
         recompute={"vit": settings.recompute.vit, "llm": settings.recompute.llm},
         freeze=settings.model.freeze,
+        min_unit=chosen.min_unit,
     )
 
 

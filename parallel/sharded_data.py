@@ -47,6 +47,7 @@ def shard_model(
     *,
     device_type: str,
     compute_dtype: torch.dtype | None = None,
+    min_unit: int = 0,
 ) -> None:
     """Shard a model's parameters in place over the data-parallel ranks.
 
@@ -58,6 +59,8 @@ def shard_model(
         compute_dtype: Dtype of weights and activations in forward and backward; None keeps the parameters' own.
             Gradients are reduced in float32 (or the parameters' wider dtype). Inputs are never cast: positions
             must stay float32, so a model casts its own pixels.
+        min_unit: Units of fewer parameters join the root, if they share its layout: a collective for each of a tiny
+            model's blocks costs more than it computes.
     """
     meshes: dict[Layout, DeviceMesh] = {}
     parameter_dtype = next(model.parameters()).dtype
@@ -65,6 +68,9 @@ def shard_model(
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     for path, name in units_of(model, table):
         layout = layouts[name]
+        num_parameters = sum(p.numel() for p in model.get_submodule(path).parameters())
+        if path and num_parameters < min_unit and layout == layouts[table[""]]:
+            continue
         if layout not in meshes:
             meshes[layout] = layout.mesh(device_type)
         fully_shard(
@@ -84,6 +90,8 @@ def accumulate(model: nn.Module, table: Mapping[str, str], layouts: Mapping[str,
     for path, name in units_of(model, table):
         unit = model.get_submodule(path)
         if not isinstance(unit, FSDPModule):
-            raise TypeError(f"{path or 'the model'} is not sharded: call shard_model first")
+            if not path:
+                raise TypeError("the model is not sharded: call shard_model first")
+            continue  # too small to be a unit of its own: it joined the root
         unit.set_requires_gradient_sync(last or layouts[name].zero >= 2, recurse=False)
         unit.set_is_last_backward(last)

@@ -51,6 +51,9 @@ MIXED = ParallelPlan(vit=Layout(dp=4, zero=3, shard=2), projector=Layout(dp=4, z
 
 Options = dict[str, Any]
 CASES: dict[tuple[int, str], Options] = {
+    (2, "one unit for all"): {"min_unit": 10**9},
+    (2, "one unit for all, zero 1"): {"min_unit": 10**9, "plan": alike(2, 1)},
+    (4, "small units join the root where layouts agree"): {"min_unit": 10**9, "plan": MIXED},
     (1, "zero 3"): {},
     (2, "zero 1"): {"plan": alike(2, 1)},
     (2, "zero 2"): {"plan": alike(2, 2)},
