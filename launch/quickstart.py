@@ -94,7 +94,7 @@ class Quickstart:
         else:
             words += [f"--model.from_dir={self.out / 'pretrain' / 'export'}"]
         if self.short:
-            words += [f"--steps={SHORT_STEPS}", "--validate_every=6", "--checkpoint.every=6"]
+            words += [f"--steps={SHORT_STEPS}", "--validate_every=6", "--checkpoint.every=6", "--data.phases=[]"]
         self._command(["train", f"quickstart/{stage}", "--resume=auto", *words])
 
     def evaluate(self) -> dict[str, dict[str, Any]]:
