@@ -50,7 +50,9 @@ NUM_IDS = 19  # of write_tokenizer
 
 SMALL = replace(
     TINY,
-    vision=replace(TINY.vision, hidden_size=12, num_heads=3, num_layers=2, ffn_size=9, tile_size=14, qk_norm=True),
+    vision=replace(
+        TINY.vision, hidden_size=12, num_heads=3, num_layers=2, ffn_size=9, tile_size=14, patch_size=7, qk_norm=True
+    ),
     decoder=replace(TINY.decoder, hidden_size=16, num_layers=2, ffn_size=9, vocab_size=NUM_IDS, head_dim=4),
 )
 WEIGHTS = random_weights(model_shapes(SMALL), seed=0)

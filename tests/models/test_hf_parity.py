@@ -74,7 +74,9 @@ def test_tiles_of_another_size_use_interpolated_positions(config: InternVLConfig
 
 def test_parity_would_notice_each_parameter() -> None:
     """Doubling any one tensor of the twin moves its logits by far more than the tolerance."""
-    vision = replace(TINY.vision, hidden_size=12, num_heads=3, num_layers=1, ffn_size=9, tile_size=14, qk_norm=True)
+    vision = replace(
+        TINY.vision, hidden_size=12, num_heads=3, num_layers=1, ffn_size=9, tile_size=14, patch_size=7, qk_norm=True
+    )
     decoder = replace(TINY.decoder, hidden_size=16, num_layers=1, ffn_size=9, vocab_size=23, head_dim=4)
     config = replace(TINY, vision=vision, decoder=decoder)
     model = random_model(config)
