@@ -3,5 +3,8 @@
 import sys
 
 from evovlm.launch.cli import main
+from evovlm.launch.ranks import leave
 
-sys.exit(main())
+code = main()
+leave(code)
+sys.exit(code)

@@ -154,7 +154,9 @@ def process_group(ranks: RankInfo, device_type: str = "auto", timeout: float = 1
     )
     yield World(ranks.rank, ranks.world_size, device)
     # Only after success: a rank that leaves the group early makes its peers fail first, with a lesser error.
-    dist.destroy_process_group()
+    dist.barrier()
+    if not ranks.launched:  # a launched rank ends without tear-down, see `leave`
+        dist.destroy_process_group()
 
 
 def start_ranks(num_ranks: int, arguments: Sequence[str]) -> None:
@@ -212,6 +214,20 @@ def leave_error(error: BaseException, exit_code: int) -> None:
     # torch's agent reads "timestamp" in whole seconds, too coarse to tell cause from consequence.
     extra = {"py_callstack": text, "timestamp": str(int(time.time())), "time": time.time()}
     Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}), encoding="utf-8")
+    _end(exit_code)
+
+
+def leave(exit_code: int) -> None:
+    """End this process at once if a launcher started it as a rank; otherwise do nothing.
+
+    Threads of gloo that outlive their process group now and then abort a process in Python's tear-down, after all its
+    work is done and written.
+    """
+    if RankInfo.from_environment().launched:
+        _end(exit_code)
+
+
+def _end(exit_code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
