@@ -82,4 +82,5 @@ class Curriculum:
             if first <= step < first + steps:
                 return replace(planner.plan_step(step - first, layout), step=step)
             first += steps
-        return replace(self._last.plan_step(step - first if step >= first else step, layout), step=step)
+        local = step - first if step >= 0 else step  # a negative step is the planner's error to name
+        return replace(self._last.plan_step(local, layout), step=step)

@@ -82,7 +82,7 @@ class Engine:
             precision: ``float32``, ``bfloat16`` (float32 master weights) or ``float64``.
             recompute: Module → activation checkpointing.
             freeze: Modules that are not trained.
-            min_unit: Sharding units of fewer parameters join the root (see ``shard_model``).
+            min_unit: Sharding units of fewer parameters join the one around them (see ``shard_model``).
 
         Raises:
             ValueError: A weight is missing, unknown or of another shape; a frozen module does not exist.

@@ -137,7 +137,7 @@ class ParallelSettings(Settings):
     projector: LayoutSettings = LayoutSettings()
     llm: LayoutSettings = LayoutSettings()
     min_unit: int = Field(1_000_000, ge=0)
-    """Blocks of fewer parameters are gathered together with the root, where they share its layout."""
+    """Blocks of fewer parameters are gathered with the unit around them, where they share the root's layout."""
 
 
 class RecomputeSettings(Settings):

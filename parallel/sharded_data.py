@@ -59,8 +59,8 @@ def shard_model(
         compute_dtype: Dtype of weights and activations in forward and backward; None keeps the parameters' own.
             Gradients are reduced in float32 (or the parameters' wider dtype). Inputs are never cast: positions
             must stay float32, so a model casts its own pixels.
-        min_unit: Units of fewer parameters join the root, if they share its layout: a collective for each of a tiny
-            model's blocks costs more than it computes.
+        min_unit: Units of fewer parameters join the one around them, if they share the root's layout: a collective for
+            each of a tiny model's blocks costs more than it computes.
     """
     meshes: dict[Layout, DeviceMesh] = {}
     parameter_dtype = next(model.parameters()).dtype
@@ -92,6 +92,6 @@ def accumulate(model: nn.Module, table: Mapping[str, str], layouts: Mapping[str,
         if not isinstance(unit, FSDPModule):
             if not path:
                 raise TypeError("the model is not sharded: call shard_model first")
-            continue  # too small to be a unit of its own: it joined the root
+            continue  # too small to be a unit of its own: it joined the one around it
         unit.set_requires_gradient_sync(last or layouts[name].zero >= 2, recurse=False)
         unit.set_is_last_backward(last)

@@ -1,8 +1,8 @@
 """Task `charts`: a short question about a bar or pie chart drawn with matplotlib.
 
-      8 ┤      ▇▇                "Which bar is the largest?" → red        "How many bars are there?" → 3
-      6 ┤      ▇▇   ▇▇           "Is the red bar larger than the blue bar?" → yes
-      4 ┤ ▇▇   ▇▇   ▇▇           "What is the value of the blue bar?" → 6
+      ├──────▇▇────────          "Which bar is the largest?" → red        "How many bars are there?" → 3
+      ├──────▇▇───▇▇───          "Is the red bar larger than the blue bar?" → yes
+      ├─▇▇───▇▇───▇▇───          "What is the value of the blue bar?" → 6      (a line every 2)
 
 Charts are split by what they show: the hash of colours and values decides the split, so no test chart was drawn in
 training in any size, order or kind.

@@ -7,6 +7,7 @@ none at all, drop path is on, gradients are clipped.
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import pytest
@@ -119,21 +120,22 @@ def test_every_layout_trains_like_one_process(
     assert_same_training(trained[case], reference)
 
 
-@pytest.fixture(scope="module")
-def variants() -> dict[Any, Any]:
+@pytest.fixture(scope="module", params=[0, 10**9], ids=["a unit per block", "one unit for all"])
+def variants(request: pytest.FixtureRequest) -> dict[Any, Any]:
     """Other models and settings, on two ranks that have both text and images, and text alone."""
 
     def job(world: World) -> dict[Any, Any]:
+        make = partial(build, min_unit=request.param)
         results: dict[Any, Any] = {
-            "tied": run_steps(build(world, TIED)),
-            "float32": run_steps(build(world, precision="float32")),
+            "tied": run_steps(make(world, TIED)),
+            "float32": run_steps(make(world, precision="float32")),
         }
-        engine = build(world, TIED)
+        engine = make(world, TIED)
         results["still tied"] = engine.model.language_model.lm_head.weight is (  # type: ignore[union-attr]
             engine.model.language_model.model.embed_tokens.weight  # type: ignore[union-attr]
         )
         for freeze in FROZEN:
-            engine = build(world, freeze=freeze)
+            engine = make(world, freeze=freeze)
             results[freeze] = run_steps(engine)
             frozen = [p for name, p in engine.model.named_parameters() if module_of(name) in freeze]
             optimised = {id(p) for group in engine.optimizer.param_groups for p in group["params"]}
