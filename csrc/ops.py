@@ -1,6 +1,7 @@
 """Leaf operators: the only code that may differ between devices, each beside its plain PyTorch reference.
 
     segment attention   packed_attention   q, k, v [T, ·, D] + cu_seqlens  ->  [T, A, D]
+    attention block     attention_block    q [n, A, D], k, v [m, K, D]     ->  [n, A, D], log-sum-exp [A, n]
     rotary              rotary             q or k [T, ·, D] + positions [T] -> [T, ·, D]
     normalisation       rms_norm           [..., H]                        ->  [..., H]
 
@@ -104,3 +105,116 @@ def packed_attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Sequ
     scores = torch.einsum("tad,sad->ats", q, k) * q.shape[-1] ** -0.5
     weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
     return torch.einsum("ats,sad->tad", weights, v)
+
+
+def attention_block(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """Attention of some queries over some keys, with what is needed to merge it with other keys of the same queries.
+
+    Flash kernels on CPU and, for half precision, on CUDA; elsewhere :func:`attention_block_reference`.
+
+    Args:
+        q: ``[n, A, D]``, channels contiguous.
+        k: ``[m, K, D]``, K divides A.
+        v: ``[m, K, D]``.
+        causal: Query i sees keys 0 … i (n = m); otherwise it sees all.
+
+    Returns:
+        ``out`` ``[n, A, D]`` in the dtype of ``q``, and ``lse`` ``[A, n]``, the logarithms of the denominators,
+        float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: Causal, and n differs from m.
+    """
+    if causal and q.shape[0] != k.shape[0]:
+        raise ValueError(f"a causal block needs as many queries as keys, got {q.shape[0]} and {k.shape[0]}")
+    if q.device.type == "cpu":
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    elif _has_cuda_flash(q):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+    else:
+        return attention_block_reference(q, k, v, causal)
+    out, lse = flash(_heads_first(q), _heads_first(k), _heads_first(v), 0.0, causal)[:2]
+    return _rows_first(out), lse.squeeze(0)
+
+
+def attention_block_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What one block adds to the gradients, given the merged output of all blocks of its queries.
+
+    Args:
+        grad: ``[n, A, D]``, gradient of the merged output; channels contiguous.
+        q: ``[n, A, D]``.
+        k: ``[m, K, D]``.
+        v: ``[m, K, D]``.
+        out: ``[n, A, D]``, the merged output.
+        lse: ``[A, n]``, the merged log-sum-exp.
+        causal: As in :func:`attention_block`.
+
+    Returns:
+        Gradients of ``q``, ``k`` and ``v``, in their shapes and dtypes.
+    """
+    if q.device.type != "cpu" and not _has_cuda_flash(q):
+        return attention_block_backward_reference(grad, q, k, v, out, lse, causal)
+    inputs = (*(_heads_first(x) for x in (grad, q, k, v, out)), lse.contiguous().unsqueeze(0))
+    if q.device.type == "cpu":
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*inputs, 0.0, causal)
+    else:
+        # Without dropout the kernel reads neither the state of the random numbers nor borders of sequences.
+        state = torch.empty(2, dtype=torch.uint64, device=q.device)
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            *inputs, None, None, q.shape[0], k.shape[0], 0.0, causal, state, state[:0]
+        )
+    dq, dk, dv = (_rows_first(x) for x in grads)
+    return dq, dk, dv
+
+
+def attention_block_reference(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """State :func:`attention_block` with a dense matrix of scores."""
+    scores, _, v_all = _dense_block(q, k, v, causal)
+    lse = scores.logsumexp(-1)
+    return torch.einsum("anm,mad->nad", (scores - lse[..., None]).exp(), v_all).to(q.dtype), lse
+
+
+def attention_block_backward_reference(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """State :func:`attention_block_backward` with a dense matrix of scores."""
+    scores, k_all, v_all = _dense_block(q, k, v, causal)
+    weights = (scores - lse[..., None]).exp()
+    grad, out = grad.to(scores.dtype), out.to(scores.dtype)
+    grad_weights = torch.einsum("nad,mad->anm", grad, v_all)
+    # The softmax's gradient: what all keys of a query, those of other blocks too, share is out · grad.
+    shared = (grad * out).sum(-1).T[..., None]
+    grad_scores = weights * (grad_weights - shared) * q.shape[-1] ** -0.5
+    dq = torch.einsum("anm,mad->nad", grad_scores, k_all)
+    dk = torch.einsum("anm,nad->mad", grad_scores, q.to(scores.dtype))
+    dv = torch.einsum("anm,nad->mad", weights, grad)
+    dk, dv = (torch.unflatten(x, 1, (k.shape[1], -1)).sum(2) for x in (dk, dv))
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _dense_block(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Masked scores ``[A, n, m]``, and keys and values with one head for each query head; float32 or wider."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    k, v = (x.to(wide).repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("nad,mad->anm", q.to(wide), k) * q.shape[-1] ** -0.5
+    if causal:
+        above = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(above, float("-inf"))
+    return scores, k, v
+
+
+def _has_cuda_flash(q: Tensor) -> bool:
+    """Whether CUDA's flash kernels take these queries."""
+    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """``[n, A, D]`` as the kernels want it, ``[1, A, n, D]``; a view."""
+    return x.transpose(0, 1).unsqueeze(0)
+
+
+def _rows_first(x: Tensor) -> Tensor:
+    """Inverse of :func:`_heads_first`; a view."""
+    return x.squeeze(0).transpose(0, 1)

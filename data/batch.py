@@ -1,4 +1,4 @@
-"""Turns a planned pack into tensors: tokens, shifted labels, loss weights, V2PE positions, and where its images go.
+"""Turns a planned pack into tensors: tokens, shifted labels, loss weights, V2PE positions, and the rows of its images.
 
     pack      │ sample 0        │ sample 1     │ padding │      T = pack_tokens, always
     tokens    │ a <img> v v v b │ c d e        │ p p p p │
@@ -6,7 +6,7 @@
     positions │ 0 1     … …   … │ 0 1 2        │ 0 1 2 3 │      restart in every segment
     cu_seqlens 0                 6              9         13
 
-    visual rows  ▲ ▲ ▲ ◄── tiles of image 0 ◄── ``ImageJob``: which file, which tiles, which JPEG qualities
+    visual rows  ▲ ▲ ▲ ◄── visual tokens of image 0, from whoever encodes it (``step_batch.py``)
 
 Nothing here depends on ranks: random numbers are keyed by (seed, sample, visit, image).
 """
@@ -20,8 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from evovlm.csrc import random
-from evovlm.data.images import jpeg_qualities
-from evovlm.data.index import ImageRef, Index
+from evovlm.data.index import Index
 from evovlm.data.plan import LossWeighting, Pack, loss_weights
 from evovlm.data.sample import IGNORE, expand_sample
 from evovlm.models.v2pe import DELTAS, segment_positions
@@ -67,7 +66,7 @@ class BatchSettings:
 
 @dataclass
 class MicroBatch:
-    """One pack as CPU tensors; T tokens, S segments (padding included), N tiles of side P pixels.
+    """One pack as CPU tensors, whole, before any split over ranks; T tokens, S segments (padding included).
 
     Attributes:
         tokens: int64 [T], ``<IMG_CONTEXT>`` at visual rows, ``<|endoftext|>`` as padding.
@@ -75,9 +74,7 @@ class MicroBatch:
         weights: float32 [T], loss weight of each row's target, 0 where there is none.
         positions: float32 [T], restarting in every segment. Never cast them down: fractions would be lost.
         cu_seqlens: int32 [S + 1], segment borders from 0 to T; padding is one last segment. Stays on the CPU.
-        tiles: float32 [N, 3, P, P]; N may be 0.
-        tile_keys: int64 [N], bits of ``keys("drop_path", seed, sample, visit, image, tile)``.
-        visual_rows: int64 [N · tokens per tile], rows of T that the visual tokens fill, in tile order.
+        visual_rows: int64 [n · tokens per tile], rows of T that visual tokens fill, tile by tile.
     """
 
     tokens: Tensor
@@ -85,47 +82,11 @@ class MicroBatch:
     weights: Tensor
     positions: Tensor
     cu_seqlens: Tensor
-    tiles: Tensor
-    tile_keys: Tensor
     visual_rows: Tensor
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "MicroBatch":
-        """Return the batch on a device; ``cu_seqlens`` stays on the CPU, where segments are looped over."""
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=non_blocking)
-
-        return MicroBatch(
-            tokens=move(self.tokens),
-            labels=move(self.labels),
-            weights=move(self.weights),
-            positions=move(self.positions),
-            cu_seqlens=self.cu_seqlens,
-            tiles=move(self.tiles),
-            tile_keys=move(self.tile_keys),
-            visual_rows=move(self.visual_rows),
-        )
-
-
-@dataclass(frozen=True)
-class ImageJob:
-    """One image to decode into ``MicroBatch.tiles[first : first + ref.num_tiles]``.
-
-    Attributes:
-        sample: row of the index, for error messages.
-        ref: file and tile grid.
-        first: first tile in the microbatch.
-        jpeg_qualities: degrade each tile to its quality; None: do not.
-    """
-
-    sample: int
-    ref: ImageRef
-    first: int
-    jpeg_qualities: list[int] | None
-
-
-def build_microbatch(index: Index, pack: Pack, settings: BatchSettings) -> tuple[MicroBatch, list[ImageJob]]:
-    """Make the tensors of a pack; tiles are allocated, and the jobs say what to decode into them.
+def build_microbatch(index: Index, pack: Pack, settings: BatchSettings) -> MicroBatch:
+    """Make the tensors of a pack.
 
     Args:
         index: the index that the pack was planned from.
@@ -141,8 +102,7 @@ def build_microbatch(index: Index, pack: Pack, settings: BatchSettings) -> tuple
     weights = np.zeros(T, np.float64)
     positions = np.empty(T, np.float32)
     borders = [0]
-    rows, keys, jobs = [np.empty(0, np.int64)], [np.empty(0, np.uint64)], []
-    num_tiles = 0
+    rows = [np.empty(0, np.int64)]
     for sample, visit in zip(pack.samples.tolist(), pack.visits.tolist(), strict=True):
         expanded = expand_sample(index, sample, image_context=settings.image_context)
         begin, end = borders[-1], borders[-1] + len(expanded.tokens)
@@ -160,28 +120,18 @@ def build_microbatch(index: Index, pack: Pack, settings: BatchSettings) -> tuple
         deltas = run_deltas(settings.v2pe, settings.seed, sample, visit, len(expanded.runs))
         positions[begin:end] = segment_positions(len(expanded.tokens), expanded.runs, deltas)
         rows += [np.arange(begin + start, begin + start + length) for start, length in expanded.runs]
-        jobs += _jobs(index, sample, visit, expanded.refs, num_tiles, settings)
-        keys += [
-            random.keys("drop_path", settings.seed, sample, visit, image, np.arange(ref.num_tiles))
-            for image, ref in enumerate(expanded.refs)
-        ]
-        num_tiles += sum(ref.num_tiles for ref in expanded.refs)
         borders.append(end)
     if borders[-1] < T:
         positions[borders[-1] :] = np.arange(T - borders[-1], dtype=np.float32)
         borders.append(T)
-    size = index.meta.tile_size
-    batch = MicroBatch(
+    return MicroBatch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
         weights=torch.from_numpy(weights.astype(np.float32)),
         positions=torch.from_numpy(positions),
         cu_seqlens=torch.tensor(borders, dtype=torch.int32),
-        tiles=torch.empty(num_tiles, 3, size, size),
-        tile_keys=torch.from_numpy(np.concatenate(keys).view(np.int64)),
         visual_rows=torch.from_numpy(np.concatenate(rows)),
     )
-    return batch, jobs
 
 
 def run_deltas(v2pe: V2PESettings, seed: int, sample: int, visit: int, num_images: int) -> list[float]:
@@ -190,16 +140,3 @@ def run_deltas(v2pe: V2PESettings, seed: int, sample: int, visit: int, num_image
         return [v2pe.delta if v2pe.mode == "fixed" else 1.0] * num_images
     keys = random.keys("v2pe", seed, sample, visit, np.arange(num_images))
     return [DELTAS[i] for i in random.choice_index(keys, len(DELTAS)).tolist()]
-
-
-def _jobs(
-    index: Index, sample: int, visit: int, refs: list[ImageRef], first: int, settings: BatchSettings
-) -> list[ImageJob]:
-    """What to decode for a sample whose first tile is tile ``first`` of the microbatch."""
-    degrade = settings.augment and index.datasets[int(index.samples["dataset"][sample])].augment
-    jobs = []
-    for image, ref in enumerate(refs):
-        qualities = jpeg_qualities(settings.seed, sample, visit, image, ref.num_tiles) if degrade else None
-        jobs.append(ImageJob(sample, ref, first, qualities))
-        first += ref.num_tiles
-    return jobs

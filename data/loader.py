@@ -4,7 +4,7 @@
     planning      plan 9, tokens 9         │ plan 10, tokens 10         │      one thread: steps in order
     decoding      images of 8, 9 …         │ images of 9, 10 …          │      threads: PIL releases the GIL
 
-Each rank decodes only the images of its own packs. At most ``prefetch`` steps are in the making while one is trained
+Each rank decodes only the images that it encodes. At most ``prefetch`` steps are in the making while one is trained
 on, which bounds memory. An error in a thread is raised where its step is asked for, and names the sample.
 """
 
@@ -17,11 +17,12 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from evovlm.data.batch import BatchSettings, ImageJob, MicroBatch, V2PESettings, build_microbatch
+from evovlm.data.batch import BatchSettings, V2PESettings
 from evovlm.data.curriculum import Curriculum
 from evovlm.data.images import MAX_PIXELS, Normalization, load_tiles
 from evovlm.data.index import Index
 from evovlm.data.plan import DataLayout, Planner, StepPlan
+from evovlm.data.step_batch import ImageJob, StepBatch, build_step
 
 
 class LoaderSettings(BaseModel):
@@ -47,18 +48,19 @@ class _Pending:
     """A step whose images are still being decoded."""
 
     plan: StepPlan
-    batches: list[MicroBatch]
+    batch: StepBatch
     decoding: list[Future[None]]
 
 
 class Loader:
-    """Iterates over ``(StepPlan, [MicroBatch of each microbatch])`` for one data-parallel rank.
+    """Iterates over ``(StepPlan, StepBatch)`` of one rank.
 
     Args:
         index: the index that the planner plans from.
         planner: decides the steps; its seed keys V2PE strides, JPEG qualities and drop path.
-        layout: data-parallel ranks and microbatches.
-        rank: this data-parallel rank.
+        layout: data-parallel ranks, microbatches and encoders.
+        rank: this data-parallel rank of the LLM.
+        encoder: this data-parallel rank of the ViT.
         image_context: id of ``<IMG_CONTEXT>``.
         padding: id of ``<|endoftext|>``.
         v2pe: strides of visual positions.
@@ -79,6 +81,7 @@ class Loader:
         planner: Planner | Curriculum,
         layout: DataLayout,
         rank: int,
+        encoder: int,
         *,
         image_context: int,
         padding: int,
@@ -89,10 +92,12 @@ class Loader:
         planner.check_layout(layout)
         if not 0 <= rank < layout.num_ranks:
             raise ValueError(f"loader: rank {rank} of {layout.num_ranks} data-parallel ranks")
+        if not 0 <= encoder < layout.encoders:
+            raise ValueError(f"loader: encoder {encoder} of {layout.encoders} data-parallel ranks of the ViT")
         self._index = index
         self._planner = planner
         self._layout = layout
-        self._rank = rank
+        self._rank, self._encoder = rank, encoder
         self._settings = settings or LoaderSettings()
         self._batch_settings = BatchSettings(
             seed=planner.settings.seed,
@@ -106,12 +111,10 @@ class Loader:
         self.wait_seconds = 0.0
         self.total_wait_seconds = 0.0
 
-    def __iter__(self) -> Generator[tuple[StepPlan, list[MicroBatch]], None, None]:
+    def __iter__(self) -> Generator[tuple[StepPlan, StepBatch], None, None]:
         return self.steps()
 
-    def steps(
-        self, start: int = 0, stop: int | None = None
-    ) -> Generator[tuple[StepPlan, list[MicroBatch]], None, None]:
+    def steps(self, start: int = 0, stop: int | None = None) -> Generator[tuple[StepPlan, StepBatch], None, None]:
         """Yield steps ``start`` to ``stop - 1`` in order; its threads end with it, also on ``close()``.
 
         Args:
@@ -139,7 +142,7 @@ class Loader:
                 self.total_wait_seconds += self.wait_seconds
                 for step in itertools.islice(upcoming, 1):
                     ahead.append(planning.submit(self._prepare, step, decoding))
-                yield pending.plan, pending.batches
+                yield pending.plan, pending.batch
         finally:
             # Planning first: it hands jobs to decoding.
             planning.shutdown(cancel_futures=True)
@@ -148,14 +151,17 @@ class Loader:
     def _prepare(self, step: int, decoding: ThreadPoolExecutor) -> _Pending:
         """Plan a step, make this rank's tensors, and start decoding its images."""
         plan = self._planner.plan_step(step, self._layout)
-        batches, futures = [], []
-        for number in plan.assignment[self._rank]:
-            batch, jobs = build_microbatch(self._index, plan.packs[number], self._batch_settings)
-            batches.append(batch)
-            futures += [decoding.submit(self._decode, job, batch) for job in jobs]
-        return _Pending(plan, batches, futures)
+        batch, jobs = build_step(
+            self._index,
+            plan,
+            self._batch_settings,
+            data_rank=self._rank,
+            encoder=self._encoder,
+            num_encoders=self._layout.encoders,
+        )
+        return _Pending(plan, batch, [decoding.submit(self._decode, job, batch) for job in jobs])
 
-    def _decode(self, job: ImageJob, batch: MicroBatch) -> None:
+    def _decode(self, job: ImageJob, batch: StepBatch) -> None:
         """Decode one image into its place."""
         name, ref = self._index.name(job.sample), job.ref
         tiles = load_tiles(

@@ -20,6 +20,10 @@ class PlanIndex(Protocol):
         """``SAMPLE`` rows."""
 
     @property
+    def images(self) -> NDArray[np.void]:
+        """``IMAGE`` rows; planning reads their numbers of tiles."""
+
+    @property
     def meta(self) -> IndexMeta:
         """The description of the index: tokens per tile."""
 

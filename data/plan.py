@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from evovlm.csrc import random
 from evovlm.data.order import Order, PlanIndex
 from evovlm.data.packing import pack, pack_windows
-from evovlm.data.step_plan import DataLayout, LossWeighting, Pack, StepPlan, assign, loss_weights
+from evovlm.data.step_plan import DataLayout, LossWeighting, Pack, StepPlan, assign, assign_images, loss_weights
 
 __all__ = ["DataLayout", "LossWeighting", "Pack", "PlanSettings", "Planner", "StepPlan", "loss_weights"]
 
@@ -43,8 +43,6 @@ class PlanSettings(BaseModel):
         packs_per_step: packs of a step (G), over all ranks and microbatches.
         loss_weighting: weight of a target in a sample with n of them: 1, 1/n or 1/√n.
         window: samples that are packed together.
-        tile_cost: LLM tokens whose linear layers cost as much as encoding one tile; for balance only.
-        attention_length: segment length at which attention costs the LLM as much as its linear layers; for balance.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -55,8 +53,6 @@ class PlanSettings(BaseModel):
     packs_per_step: int = Field(gt=0)
     loss_weighting: LossWeighting = "square"
     window: int = Field(16384, gt=0, lt=2**31)
-    tile_cost: float = Field(64.0, ge=0, allow_inf_nan=False)
-    attention_length: int = Field(65536, gt=0)
 
 
 class Planner:
@@ -136,6 +132,9 @@ class Planner:
         rank_of = np.empty(len(packs), np.int32)
         rank_of[assignment] = np.arange(layout.num_ranks, dtype=np.int32)[:, None]
         images = [int(r["num_images"].sum()) for r in rows]
+        image_tiles = self._image_tiles(np.concatenate(rows))
+        # The encoder beside a pack, where there are as many encoders as data-parallel ranks, or a multiple.
+        home = np.repeat(rank_of, images) * layout.encoders // layout.num_ranks
         n = np.concatenate([r["num_supervised"] for r in rows])
         num_tiles = sum(p.num_tiles for p in packs)
         return StepPlan(
@@ -143,7 +142,8 @@ class Planner:
             epoch=epoch,
             packs=packs,
             assignment=assignment,
-            encoder_rank=np.repeat(rank_of, images),
+            image_tiles=image_tiles,
+            encoder_rank=assign_images(image_tiles, home, layout.encoders),
             # fsum rounds once, so the sum does not depend on order or platform.
             loss_denominator=math.fsum(n * loss_weights(n, self.settings.loss_weighting)),
             num_samples=len(n),
@@ -152,6 +152,13 @@ class Planner:
             num_visual_tokens=num_tiles * self.index.meta.tokens_per_tile,
             num_supervised=int(n.sum(dtype=np.int64)),
         )
+
+    def _image_tiles(self, rows: NDArray[np.void]) -> NDArray[np.int32]:
+        """Tiles of every image of these samples, in order."""
+        counts = rows["num_images"].astype(np.int64)
+        starts = np.repeat(rows["first_image"].astype(np.int64) - (np.cumsum(counts) - counts), counts)
+        tiles: NDArray[np.int32] = self.index.images["num_tiles"][starts + np.arange(len(starts))].astype(np.int32)
+        return tiles
 
     def check_layout(self, layout: DataLayout) -> None:
         """Raise ``ValueError`` unless ranks × microbatches is the number of packs of a step."""
@@ -168,8 +175,7 @@ class Planner:
     def _cost(self, p: Pack) -> int:
         """Work beyond the linear layers of the LLM, which is the same for every pack; in squared tokens."""
         lengths = self._tokens[p.samples].astype(np.int64)
-        per_tile = round(self.settings.tile_cost * self.settings.attention_length)
-        return int((lengths * lengths).sum()) + p.num_tiles * per_tile
+        return int((lengths * lengths).sum())
 
     def _packs_of(self, step: int) -> tuple[int, tuple[Pack, ...]]:
         """The step's packs, and the epoch of the first."""

@@ -1,13 +1,15 @@
-"""The plan of one step: its packs, where each goes, and what the loss is divided by.
+"""The plan of one step: its packs, where each goes, who encodes its images, and what the loss is divided by.
 
 packs       0  1  2  3                the same under every layout
             │
 assignment  rank 0: 0 3               [ranks, microbatches]
             rank 1: 1 2
+images      a b c d e f               each whole on one encoder, encoders equally loaded
 W = Σ n·w(n) over the step's samples  the loss of the step is Σ w·CE / W
 """
 
 import hashlib
+import heapq
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,15 +22,22 @@ LossWeighting = Literal["token", "sample", "square"]
 
 @dataclass(frozen=True)
 class DataLayout:
-    """How the packs of a step are spread.
+    """How the packs and images of a step are spread.
 
     Attributes:
-        num_ranks: data-parallel ranks.
+        num_ranks: data-parallel ranks of the LLM.
         num_microbatches: packs that each of them trains on, one after another, in a step.
+        num_encoders: data-parallel ranks of the ViT; 0 means as many as of the LLM.
     """
 
     num_ranks: int
     num_microbatches: int
+    num_encoders: int = 0
+
+    @property
+    def encoders(self) -> int:
+        """Data-parallel ranks of the ViT."""
+        return self.num_encoders or self.num_ranks
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +68,9 @@ class StepPlan:
         epoch: that of the first pack.
         packs: the packs of the step, the same under every layout.
         assignment: int32 [R, M], the pack of each data-parallel rank and microbatch.
-        encoder_rank: int32 [images], the data-parallel rank that encodes each image; images in the order of packs, of
-            samples in a pack, of images in a sample.
+        image_tiles: int32 [images], tiles of each image; images in the order of packs, of samples in a pack, of
+            images in a sample.
+        encoder_rank: int32 [images], the data-parallel rank of the ViT that encodes each image.
         loss_denominator: W = Σ n·w(n) over all samples; the step's loss is Σ w·CE / W.
         num_samples: segments.
         num_tokens: LLM tokens without padding.
@@ -73,6 +83,7 @@ class StepPlan:
     epoch: int
     packs: tuple[Pack, ...]
     assignment: NDArray[np.int32]
+    image_tiles: NDArray[np.int32]
     encoder_rank: NDArray[np.int32]
     loss_denominator: float
     num_samples: int
@@ -88,7 +99,7 @@ class StepPlan:
         for p in self.packs:
             numbers += [len(p.samples), p.num_tokens, p.num_tiles, p.num_supervised]
         arrays = [array for p in self.packs for array in (p.samples, p.visits)]
-        for array in (np.array(numbers), *arrays, self.assignment, self.encoder_rank):
+        for array in (np.array(numbers), *arrays, self.assignment, self.image_tiles, self.encoder_rank):
             state.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
         state.update(self.loss_denominator.hex().encode())
         return state.hexdigest()
@@ -131,3 +142,32 @@ def assign(costs: list[int], layout: DataLayout) -> NDArray[np.int32]:
             assignment[rank, m] = number
             load[rank] += costs[number]
     return assignment
+
+
+def assign_images(num_tiles: NDArray[np.int32], home: NDArray[np.int32], num_encoders: int) -> NDArray[np.int32]:
+    """Share images out over encoders so that these have equally many tiles.
+
+    The largest image goes first, each to the encoder with the fewest tiles so far (longest processing time first).
+    Among equals, an image stays where the pack is that it belongs to, and its visual tokens need not travel.
+
+    Args:
+        num_tiles: int32 [images], tiles of each image.
+        home: int32 [images], the encoder beside each image's pack.
+        num_encoders: encoders.
+
+    Returns:
+        int32 [images], the encoder of each image.
+    """
+    load = [0] * num_encoders
+    least = [(0, encoder) for encoder in range(num_encoders)]
+    chosen = np.empty(len(num_tiles), np.int32)
+    for image in np.argsort(-num_tiles.astype(np.int64), kind="stable").tolist():
+        while least[0][0] != load[least[0][1]]:
+            heapq.heappop(least)  # from before that encoder was given more
+        encoder = int(home[image])
+        if load[encoder] != least[0][0]:
+            encoder = least[0][1]
+        load[encoder] += int(num_tiles[image])
+        heapq.heappush(least, (load[encoder], encoder))
+        chosen[image] = encoder
+    return chosen

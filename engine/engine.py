@@ -1,34 +1,39 @@
 """The engine: a model sharded by a plan, its optimizer, and one training step.
 
-    build   model on meta ─ recompute ─ shard ─ allocate ─ weights (named stream) ─ optimizer
-    step    microbatches ─► Σ w·CE / W ─► backward ─► one global gradient norm ─► clip ─► AdamW
+    build   model on meta ─ shard each module by its own layout ─ allocate ─ weights (named stream) ─ optimizer
+    step    tiles ─► encode, exchange ─► LLM, microbatch by microbatch ─► gradients back to the encoders
+            └─► one gradient norm over all modules ─► clip ─► AdamW
 
-The loss and its gradients are those of one process on the same samples: W comes from the plan, and the sum over
-ranks and microbatches is the only reduction.
+The loss and its gradients are those of one process on the same samples: the loss denominator W comes from the plan,
+and sums over ranks and microbatches are the only reductions.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from evovlm.data.batch import MicroBatch
-from evovlm.engine.losses import Targets, weighted_cross_entropy
-from evovlm.engine.optimizer import build_optimizer, clip_factor, scale_gradients, set_lr
-from evovlm.engine.recompute import Recompute, apply_recompute
+from evovlm.data.step_batch import StepBatch
+from evovlm.engine.checkpoint import load_checkpoint, save_checkpoint
+from evovlm.engine.language import Language
+from evovlm.engine.local_state import LocalState
+from evovlm.engine.optimizer import clip_factor, scale_gradients, set_lr
+from evovlm.engine.parts import NamedTensors, Parts, build_parts, load_weights
+from evovlm.engine.recompute import Recompute
 from evovlm.engine.settings import DTYPES, OptimSettings, Precision
-from evovlm.models.sharding import CHECKPOINTED_BLOCKS, SHARDING_UNITS, module_of
+from evovlm.engine.tied import add_tied_gradients
+from evovlm.engine.vision import Activations, Vision, VisualTokens
+from evovlm.models.sharding import INTERNVL, ModelTables
 from evovlm.parallel.layout import ParallelPlan
-from evovlm.parallel.sharded_data import accumulate, shard_model
+from evovlm.parallel.pieces import Piece, gather_pieces, piece_of
+from evovlm.parallel.pipeline import Schedule
+from evovlm.parallel.sharded_data import free
 from evovlm.parallel.world import World
-
-NamedTensors = Iterable[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -46,16 +51,66 @@ class StepResult:
     clipped: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How the engine runs, apart from the layout.
+
+    Attributes:
+        precision: ``float32``, ``bfloat16`` (float32 master weights and reductions) or ``float64``.
+        recompute: Module → activation checkpointing.
+        freeze: Modules that are not trained.
+        schedule: Pipeline schedule.
+        virtual_stages: Pipeline stages of each rank; more than one needs another schedule than ``1f1b``.
+        encode_tiles: Tiles that a rank encodes at a time.
+        encoder_activations: ``keep`` the encoder's activations of a step, or ``recompute`` chunk by chunk.
+        min_unit: Blocks of fewer parameters are gathered with their module (see ``shard_module``).
+    """
+
+    precision: Precision = "float32"
+    recompute: Mapping[str, Recompute] | None = None
+    freeze: Sequence[str] = ()
+    schedule: Schedule = "1f1b"
+    virtual_stages: int = 1
+    encode_tiles: int = 32
+    encoder_activations: Activations = "keep"
+    min_unit: int = 0
+
+    def check(self, plan: ParallelPlan) -> None:
+        """Refuse what does not go together.
+
+        Raises:
+            ValueError: The message names the settings and what to change.
+        """
+        llm = plan.llm
+        if self.virtual_stages > 1 and (llm.pp == 1 or self.schedule == "1f1b"):
+            raise ValueError(
+                f"virtual_stages = {self.virtual_stages} with pp = {llm.pp} and schedule {self.schedule!r}: several "
+                'stages on a rank need pp > 1 and schedule = "interleaved" or "zero_bubble"'
+            )
+        if llm.pp == 1 or self.schedule != "zero_bubble":
+            return
+        if llm.zero != 1:
+            raise ValueError(
+                f"the zero-bubble schedule computes weight gradients apart from the rest, so they cannot be reduced "
+                f"after each microbatch: it needs zero = 1 in the LLM's layout, which has zero = {llm.zero}"
+            )
+        if "llm" in self.freeze:
+            raise ValueError("the zero-bubble schedule defers weight gradients, and a frozen LLM has none: use 1f1b")
+        if (self.recompute or {}).get("llm", "none") != "none":
+            raise ValueError(
+                "the zero-bubble schedule runs each backward in two halves, and recomputation would run twice: "
+                'set recompute of the LLM to "none", or use 1f1b'
+            )
+
+
 class Engine:
     """A sharded model with its optimizer. Use :meth:`build`."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, plan: ParallelPlan, world: World) -> None:
-        self.model = model
-        self.optimizer = optimizer
-        self.plan = plan
-        self.world = world
-        self.layouts = {"vit": plan.vit, "projector": plan.projector, "llm": plan.llm}
-        self.max_norm = 0.0
+    def __init__(
+        self, parts: Parts, state: LocalState, language: Language, vision: Vision | None, world: World, max_norm: float
+    ) -> None:
+        self.parts, self.state, self.language, self.vision = parts, state, language, vision
+        self.world, self.max_norm = world, max_norm
 
     @classmethod
     def build(
@@ -66,12 +121,11 @@ class Engine:
         *,
         optim: OptimSettings,
         weights: NamedTensors,
-        precision: Precision = "float32",
-        recompute: Mapping[str, Recompute] | None = None,
-        freeze: Sequence[str] = (),
-        min_unit: int = 0,
+        options: EngineOptions | None = None,
+        tables: ModelTables = INTERNVL,
+        hidden_size: int | None = None,
     ) -> "Engine":
-        """Build a model straight into its sharded form: no rank ever holds it whole.
+        """Build a model straight into its sharded form: no rank ever holds it whole. Collective.
 
         Args:
             make_model: Constructor, called on the meta device.
@@ -79,41 +133,44 @@ class Engine:
             world: The ranks of the run.
             optim: Optimizer settings.
             weights: Every parameter, by name, in any order; consumed as a stream, the same on each rank.
-            precision: ``float32``, ``bfloat16`` (float32 master weights) or ``float64``.
-            recompute: Module → activation checkpointing.
-            freeze: Modules that are not trained.
-            min_unit: Sharding units of fewer parameters join the one around them (see ``shard_model``).
+            options: How to run.
+            tables: How the model is sharded.
+            hidden_size: H, width of the decoder; None: the columns of its embedding.
 
         Raises:
-            ValueError: A weight is missing, unknown or of another shape; a frozen module does not exist.
+            ValueError: The plan is for another number of ranks; a weight is missing, unknown or of another shape; a
+                frozen module does not exist; options do not go together.
         """
-        dtypes = DTYPES[precision]
-        with torch.device("meta"):
-            model = make_model().to(dtypes.master)
-        for module in freeze:
-            named = [p for name, p in model.named_parameters() if module_of(name) == module]
-            if not named:
-                raise ValueError(f"[model] freeze: there is no module {module!r}; there are vit, projector and llm")
-            for parameter in named:
-                parameter.requires_grad_(False)
-        apply_recompute(model, CHECKPOINTED_BLOCKS, recompute or {})
-        layouts = {"vit": plan.vit, "projector": plan.projector, "llm": plan.llm}
-        compute = None if dtypes.compute == dtypes.master else dtypes.compute
-        shard_model(
-            model, SHARDING_UNITS, layouts, device_type=world.device.type, compute_dtype=compute, min_unit=min_unit
+        options = options or EngineOptions()
+        if plan.size != world.size:
+            raise ValueError(f"the plan ({plan}) is for {plan.size} ranks, but {world.size} were started")
+        options.check(plan)
+        dtypes = DTYPES[options.precision]
+        parts = build_parts(
+            make_model,
+            tables,
+            plan,
+            world,
+            master=dtypes.master,
+            compute=None if dtypes.compute == dtypes.master else dtypes.compute,
+            recompute=options.recompute or {},
+            freeze=options.freeze,
+            min_unit=options.min_unit,
+            virtual_stages=options.virtual_stages,
         )
-        model.to_empty(device=world.device)
-        tie_weights(model)
-        load_weights(model, weights)
-        engine = cls(model, build_optimizer(dict(model.named_parameters()), optim), plan, world)
-        engine.max_norm = optim.clip_norm
-        return engine
+        load_weights(parts, weights)
+        vision = None
+        if parts.encoder:
+            activations = options.encoder_activations
+            vision = Vision(parts, plan, world, encode_tiles=options.encode_tiles, activations=activations)
+        language = Language(parts.stages, hidden_size or parts.hidden_size, dtypes.compute, options.schedule, world.device)
+        return cls(parts, LocalState(parts, optim), language, vision, world, optim.clip_norm)
 
-    def train_step(self, batches: Sequence[MicroBatch], loss_denominator: float, lr_factor: float = 1.0) -> StepResult:
-        """Run one optimizer step over this rank's microbatches.
+    def train_step(self, batch: StepBatch, loss_denominator: float, lr_factor: float = 1.0) -> StepResult:
+        """Run one optimizer step. Collective.
 
         Args:
-            batches: This rank's microbatches; every rank has the same number.
+            batch: This rank's part of the step; every rank has the same number of microbatches.
             loss_denominator: W, from the step plan.
             lr_factor: Factor on every group's base learning rate.
 
@@ -121,128 +178,114 @@ class Engine:
             ValueError: W is not positive: no sample of the step has a target.
             FloatingPointError: Loss or gradient norm is not finite; the weights are untouched.
         """
-        if loss_denominator <= 0:
-            raise ValueError(f"the step's loss weights add up to {loss_denominator}: none of its samples has a target")
-        if loss_denominator <= 0:
-            raise ValueError("the step has no supervised token: its loss is 0 / 0; give it samples with answers")
-        self.model.train()
-        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for number, batch in enumerate(batches):
-            accumulate(self.model, SHARDING_UNITS, self.layouts, last=number == len(batches) - 1)
-            loss = self._weighted_loss(batch)
-            # fully_shard averages gradients over the ranks; the loss is a sum over them.
-            torch.autograd.backward(loss * (self.world.size / loss_denominator))
-            total += loss.detach().double()
-        dist.all_reduce(total)
-        norm = self.gradient_norm()
-        loss_value = total.item() / loss_denominator
-        if not (math.isfinite(loss_value) and math.isfinite(norm)):
-            self.optimizer.zero_grad()
+        loss = self.backward(batch, loss_denominator)
+        norm = self.state.gradient_norm(self.world.device)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.state.zero_gradients()
             raise FloatingPointError(
-                f"loss {loss_value}, gradient norm {norm}: not finite; the step was not applied. "
+                f"loss {loss}, gradient norm {norm}: not finite; the step was not applied. "
                 "Lower the learning rate, or look for a damaged sample in this step's plan"
             )
         factor = clip_factor(norm, self.max_norm)
-        scale_gradients([local(p.grad) for p in self.model.parameters() if p.grad is not None], factor)
-        set_lr(self.optimizer, lr_factor)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return StepResult(loss=loss_value, grad_norm=norm, clipped=factor < 1.0)
+        scale_gradients(self.state.pull_gradients(), factor)
+        set_lr(self.state.optimizer, lr_factor)
+        self.state.optimizer.step()
+        self.state.zero_gradients()
+        return StepResult(loss=loss, grad_norm=norm, clipped=factor < 1.0)
+
+    def backward(self, batch: StepBatch, loss_denominator: float) -> float:
+        """Compute loss and gradients of a step, and change nothing else; returns Σ w·CE / W. Collective.
+
+        Raises:
+            ValueError: W is not positive: no sample of the step has a target.
+        """
+        if loss_denominator <= 0:
+            raise ValueError(f"the step's loss weights add up to {loss_denominator}: none of its samples has a target")
+        for part in self.parts:
+            part.root.train()
+        visual = self._encode(batch)
+        total = self.language.train(batch.packs, visual, 1.0 / loss_denominator)
+        if self.vision is not None and visual is not None:
+            self.vision.backward(batch, visual)
+        add_tied_gradients(self.state, self.language.mesh)
+        for part in self.parts:
+            free(part.root)
+        dist.all_reduce(total)
+        return total.item() / loss_denominator
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> tuple[float, float]:
-        """Sum weighted loss and weights over batches and ranks; their quotient is the validation loss."""
-        self.model.eval()
-        loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        weight = torch.zeros_like(loss)
-        for step in batches:
-            for batch in step:
-                loss += self._weighted_loss(batch).double()
-                weight += batch.weights.double().sum()
-        # Without a backward, units under ZeRO 1 and 2 would keep showing gathered weights in the compute dtype.
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-        both = torch.stack((loss, weight))
+    def evaluate(self, steps: Iterable[StepBatch]) -> tuple[float, float]:
+        """Sum weighted loss and weights over steps and ranks; their quotient is the validation loss. Collective."""
+        for part in self.parts:
+            part.root.eval()
+        both = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        for batch in steps:
+            both += torch.stack(self.language.evaluate(batch.packs, self._encode(batch)))
         dist.all_reduce(both)
         return float(both[0]), float(both[1])
 
-    def _weighted_loss(self, batch: MicroBatch) -> Tensor:
-        targets = Targets.of(batch.labels, batch.weights, self.world.device)
-        batch = batch.to(self.world.device)
-        result: Tensor = self.model(
-            batch.tokens,
-            batch.positions,
-            batch.cu_seqlens,
-            batch.tiles,
-            batch.visual_rows,
-            batch.tile_keys,
-            head=lambda hidden, weight: weighted_cross_entropy(hidden, weight, targets),
-        )
-        return result
+    def prefetch(self, batch: StepBatch) -> None:
+        """Run a frozen ViT on a coming step's tiles now. Collective; :meth:`train_step` must get the same object.
 
-    @torch.no_grad()
-    def gradient_norm(self) -> float:
-        """Compute the 2-norm of the gradient over all parameters, whatever mesh each is sharded on.
-
-        Squares are added in float64: per mesh over its shards, then over meshes. Copies on replicas count once.
+        Raises:
+            ValueError: The ViT is trained, or there is none.
         """
-        squares: dict[Any, Tensor] = {}
-        for parameter in self.model.parameters():
-            gradient = parameter.grad
-            if gradient is None:
-                continue
-            mesh = gradient.device_mesh if isinstance(gradient, DTensor) else None
-            square = local(gradient).double().square().sum()
-            squares[mesh] = squares[mesh] + square if mesh in squares else square
-        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for mesh, square in squares.items():
-            if mesh is not None:
-                dist.all_reduce(square, group=mesh.get_group(mesh.ndim - 1))
-            total += square
-        return math.sqrt(total.item())
+        if self.vision is None:
+            raise ValueError("this model has no encoder: there are no features to prefetch")
+        self.vision.prefetch(batch, self.language.shards(len(batch.packs[0].tokens)))
 
-    def named_full_tensors(self) -> Iterable[tuple[str, Tensor]]:
-        """Yield every parameter whole, one at a time, on the CPU. Every rank must consume the stream."""
-        for name, parameter in self.model.named_parameters():
-            whole = parameter.detach()
-            yield name, (whole.full_tensor() if isinstance(whole, DTensor) else whole).cpu()
+    def _encode(self, batch: StepBatch) -> VisualTokens | None:
+        if self.vision is None:
+            return None
+        return self.vision.encode(batch, self.language.shards(len(batch.packs[0].tokens)))
 
+    def pieces(self) -> dict[str, Piece]:
+        """Model and optimizer state that this rank holds, for checkpoints: name → piece, sharing memory."""
+        return self.state.pieces()
 
-def tie_weights(model: nn.Module) -> None:
-    """Share parameters again that ``to_empty`` has parted: every submodule that can tie its weights does."""
-    for module in model.modules():
-        tie = getattr(module, "tie_weights", None)
-        if callable(tie):
-            tie()
+    def named_full_tensors(self, *, everywhere: bool = False) -> Iterable[tuple[str, Tensor]]:
+        """Yield every parameter whole, one at a time, on the CPU; on rank 0, or ``everywhere``.
 
+        Every rank must consume the stream, also where it yields nothing.
+        """
+        weights = {p.name: piece_of(p.sharded) for p in self.state.parameters}
+        return gather_pieces(weights, self.world, everywhere=everywhere)
 
-def local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a distributed tensor, or the tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    def named_full_gradients(self, *, everywhere: bool = False) -> Iterable[tuple[str, Tensor]]:
+        """As :meth:`named_full_tensors`, of the gradients that :meth:`backward` has left."""
+        found = {}
+        for p in self.state.parameters:
+            if p.gradient is not None:
+                piece = piece_of(p.sharded)
+                found[p.name] = Piece(piece.shape, piece.offset, p.gradient.view(piece.local.shape))
+        return gather_pieces(found, self.world, everywhere=everywhere)
 
+    def save(self, run: str | Path, step: int, *, meta: Mapping[str, Any] | None = None, keep: int = 2) -> Path:
+        """Write model and optimizer to ``run/checkpoints/step-…``, complete or absent. Collective.
 
-@torch.no_grad()
-def load_weights(model: nn.Module, weights: NamedTensors) -> None:
-    """Fill a sharded model from a stream of whole tensors; each rank keeps its shards.
+        Args:
+            run: Directory on a file system that all ranks share; made if it is not there.
+            step: Optimizer steps done.
+            meta: What :meth:`load` can compare, as JSON.
+            keep: Newest checkpoints that stay.
 
-    Raises:
-        ValueError: A tensor is unknown to the model, has another shape, or is missing.
-    """
-    parameters = dict(model.named_parameters())
-    missing = set(parameters)
-    for name, value in weights:
-        if name not in parameters:
-            raise ValueError(f"weights hold {name!r}, which the model does not have")
-        parameter = parameters[name]
-        if parameter.shape != value.shape:
-            raise ValueError(f"weight {name!r} has shape {list(value.shape)}, the model {list(parameter.shape)}")
-        value = value.to(device=parameter.device, dtype=parameter.dtype)
-        if isinstance(parameter, DTensor):
-            # Every rank read the same tensor, so nothing is sent: each keeps its slice.
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.copy_(value)
-        missing.discard(name)
-    if missing:
-        some = ", ".join(sorted(missing)[:3])
-        raise ValueError(f"{len(missing)} weights are missing, such as {some}")
+        Returns:
+            The directory of the checkpoint.
+
+        Raises:
+            OSError: A rank could not write; every rank raises.
+        """
+        return save_checkpoint(Path(run), step, self.pieces(), self.world, dict(meta or {}), keep)
+
+    def load(self, checkpoint: str | Path, *, expected: Mapping[str, Any] | None = None) -> int:
+        """Fill model and optimizer from a checkpoint that any plan has saved; returns its step. Collective.
+
+        Args:
+            checkpoint: Directory that :meth:`save` returned; :func:`newest_checkpoint` finds a run's last.
+            expected: Entries of the checkpoint's meta that must be equal.
+
+        Raises:
+            FileNotFoundError: The checkpoint is not complete.
+            ValueError: It is of another model, or damaged; nothing was changed, and the message names the difference.
+        """
+        return load_checkpoint(Path(checkpoint), self.pieces(), expected=dict(expected or {}))

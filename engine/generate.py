@@ -122,8 +122,7 @@ def generate(
     positions = torch.from_numpy(np.concatenate([p.positions for p in prompts])).to(device)
     rows = np.concatenate([p.visual_rows + offset for p, offset in zip(prompts, offsets, strict=True)])
     visual = model.encode(torch.cat([p.tiles for p in prompts]).to(device))
-    embeddings = model.embed(tokens, visual, torch.from_numpy(rows.astype(np.int64)).to(device))
-    hidden = model.decode(embeddings, positions, cache)
+    hidden = model.decode(tokens, positions, cache, (torch.from_numpy(rows.astype(np.int64)).to(device), visual))
     last = torch.tensor(cache.borders[1:], device=device) - 1
     hidden, position = hidden[last], positions[last]
 
@@ -141,5 +140,5 @@ def generate(
             break
         cache.advance()
         position = position + 1
-        hidden = model.decode(model.language_model.model.embed_tokens(token), position, cache)
+        hidden = model.decode(token, position, cache)
     return generated

@@ -5,7 +5,6 @@ selective  outputs of matmuls and attention are kept, the rest (norms, activatio
 full       only a block's input is kept                           slowest, least memory
 """
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from evovlm.parallel.sharded_data import units_of
+from evovlm.parallel.sharded_data import find_modules
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -36,19 +35,21 @@ def _policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPo
     return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def apply_recompute(model: nn.Module, blocks: Mapping[str, str], modes: Mapping[str, Recompute]) -> None:
-    """Wrap the forward of blocks in checkpointing; parameter names do not change. Call before sharding.
+def apply_recompute(root: nn.Module, blocks: str, mode: Recompute) -> None:
+    """Wrap the forward of blocks in checkpointing; parameter names do not change. Call before sharding over data ranks.
 
     Args:
-        model: The model, changed in place.
-        blocks: Path pattern → module name, as :data:`evovlm.models.sharding.CHECKPOINTED_BLOCKS`.
-        modes: Module name → mode; absent means ``none``.
+        root: A module of the model, changed in place.
+        blocks: Path pattern of its blocks.
+        mode: What is kept.
     """
-    wanted = {pattern: module for pattern, module in blocks.items() if modes.get(module, "none") != "none"}
-    for path, module in units_of(model, wanted):
-        block = model.get_submodule(path)
-        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-        if modes[module] == "selective":
-            options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    if mode == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    for _, block in find_modules(root, blocks):
+        if next(block.parameters(), None) is None:
+            continue  # another pipeline stage holds it
         # On the instance, so that hooks of fully_shard still run around it and state dicts keep their names.
         block.forward = partial(checkpoint, block.forward, **options)

@@ -22,11 +22,13 @@ class RunData:
         planner: Plans steps of the whole mixture.
         curriculum: Plans the run's steps: its phases, then ``planner``.
         total_steps: Optimizer steps of the run.
-        layout: How a step's packs are spread over ranks and microbatches.
+        plan: Layouts of the modules.
+        layout: How a step's packs and images are spread over data-parallel ranks, microbatches and encoders.
     """
 
     def __init__(self, settings: RunSettings, source: ModelSource, world: World) -> None:
         self.settings, self.source, self.world = settings, source, world
+        self.plan = settings.parallel.plan(world.size)
         self.index = _open_checked(settings.data.index, source)
         self.val_index = _open_checked(settings.data.val_index, source) if settings.data.val_index else None
         self.mixture = self._mixture(settings.data.weights)
@@ -47,11 +49,11 @@ class RunData:
         self.curriculum = Curriculum(phases, self.planner)
         self.val_planner: Planner | None = None
         if self.val_index is not None:
-            # Validation has no use for a step of G packs: one pack per rank, so that little of it is padding.
-            one_each = plan_settings.model_copy(update={"packs_per_step": world.size})
+            # Validation has no use for a step of G packs: one for each rank, so that little of it is padding.
+            one_each = plan_settings.model_copy(update={"packs_per_step": self.plan.llm.dp})
             self.val_planner = Planner(self.val_index, Sequential(self.val_index), one_each)
-        microbatches = max(1, settings.data.packs_per_step // world.size)
-        self.layout = DataLayout(world.size, microbatches)
+        microbatches = max(1, settings.data.packs_per_step // self.plan.llm.dp)
+        self.layout = DataLayout(self.plan.llm.dp, microbatches, self.plan.vit.dp)
         self.planner.check_layout(self.layout)
         self.total_steps = settings.steps or self.curriculum.phase_steps + self._steps_of(settings.epochs or 1.0)
 
@@ -76,14 +78,16 @@ class RunData:
 
     def describe(self) -> list[str]:
         """Say in lines what will be trained on, and list what is left out."""
+        settings = self.settings.data
         lines = [
             f"{share.name} ({share.kind}): {share.draws:,.0f} samples per epoch, {share.passes:.2f} passes, "
             f"{share.token_share:.1%} of tokens"
             for share in self.mixture.without(self.planner.dropped).shares
         ]
+        packs, ranks, microbatches = settings.packs_per_step, self.layout.num_ranks, self.layout.num_microbatches
         lines.append(
-            f"{self.planner.num_packs(1):,} packs per epoch; {self.total_steps:,} steps of "
-            f"{self.settings.data.packs_per_step} packs = {self.world.size} ranks × {self.layout.num_microbatches}"
+            f"{self.planner.num_packs(1):,} packs per epoch; {self.total_steps:,} steps of {packs} packs = "
+            f"{ranks} data-parallel ranks × {microbatches}"
         )
         for phase in self.settings.data.phases:
             drawn = ", ".join(f"{name} {weight:g}" for name, weight in phase.weights.items() if weight)
@@ -106,7 +110,8 @@ class RunData:
         """
         if self.val_index is None or self.val_planner is None:
             raise ValueError("this run has no [data] val_index")
-        return self._loader(self.val_index, self.val_planner, DataLayout(self.world.size, 1), augment=False)
+        layout = DataLayout(self.plan.llm.dp, 1, self.plan.vit.dp)
+        return self._loader(self.val_index, self.val_planner, layout, augment=False)
 
     def _loader(self, index: Index, planner: Planner | Curriculum, layout: DataLayout, *, augment: bool) -> Loader:
         settings = self.settings.data
@@ -114,7 +119,8 @@ class RunData:
             index,
             planner,
             layout,
-            self.world.rank,
+            self.plan.llm.coordinates(self.world.rank).dp,
+            self.plan.vit.coordinates(self.world.rank).dp,
             image_context=self.source.tokenizer.image_context,
             padding=self.source.tokenizer.end_of_text,
             v2pe=self.settings.stage.v2pe,

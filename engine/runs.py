@@ -9,16 +9,14 @@ import json
 import platform
 import shutil
 import subprocess
-import warnings
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict_loader import load
 
+from evovlm.engine.box_files import read_tensors
 from evovlm.engine.checkpoint import list_checkpoints
 from evovlm.engine.model_source import ModelSource
 from evovlm.engine.settings import RunSettings
@@ -26,6 +24,7 @@ from evovlm.models.config import DecoderConfig, InternVLConfig, VisionConfig
 from evovlm.models.hf.names import Format
 from evovlm.models.hf.save import save_pretrained
 from evovlm.models.internvl import InternVL
+from evovlm.parallel.pieces import write_piece
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "Pillow", "pydantic")
 
@@ -93,17 +92,28 @@ def newest_checkpoint(run: Path) -> Path:
 
 
 def load_model(run: Path, checkpoint: Path | None = None, device: torch.device | None = None) -> InternVL:
-    """Load a run's model whole, on one device, from the newest or a given checkpoint; needs no process group."""
+    """Load a run's model whole, on one device, from the newest or a given checkpoint; needs no process group.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint, or a file of it is missing.
+        ValueError: The checkpoint is damaged or of another model.
+    """
     checkpoint = checkpoint or newest_checkpoint(run)
     with torch.device("meta"):
         model = InternVL(read_model_config(run))
     model.to_empty(device=device or torch.device("cpu"))
     model.language_model.tie_weights()
-    state = {"model": model.state_dict()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as meant: one process reads alone
-        load(state, storage_reader=FileSystemReader(checkpoint), no_dist=True)
-    model.load_state_dict(state["model"])
+    missing = dict(model.named_parameters())
+    for name, tensor in read_tensors(checkpoint, "model."):
+        parameter = missing.pop(name, None)
+        if parameter is None or parameter.shape != tensor.shape:
+            here = "no such weight" if parameter is None else f"shape {list(parameter.shape)}"
+            raise ValueError(f"{checkpoint}: {name} has shape {list(tensor.shape)}, the model of {run} has {here}")
+        write_piece(parameter, tensor)
+    if missing:
+        raise ValueError(
+            f"{checkpoint} lacks {len(missing)} weights of the model of {run}, such as {next(iter(missing))}"
+        )
     return model.eval()
 
 

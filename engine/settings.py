@@ -4,6 +4,7 @@ Every class forbids unknown keys. A stage is not another trainer: it is a small 
 (:mod:`evovlm.engine.stages`).
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from evovlm.data.curriculum import Phase
 from evovlm.engine.recompute import Recompute
 from evovlm.engine.stages import PretrainStage, SFTStage
+from evovlm.parallel.layout import Layout, ParallelPlan
+from evovlm.parallel.pipeline import Schedule
 
 Precision = Literal["float32", "bfloat16", "float64"]
 Module = Literal["vit", "projector", "llm"]
@@ -123,21 +126,74 @@ class OptimSettings(Settings):
 
 
 class LayoutSettings(Settings):
-    """Data-parallel layout of one module."""
+    """Layout of one module over all ranks of the run; data parallelism fills what the other axes leave."""
 
+    tp: int = Field(1, ge=1)
+    """Tensor-parallel ranks."""
     zero: Literal[1, 2, 3] = 3
     shard: int = Field(0, ge=0)
-    """Ranks that share one copy of the state; 0 means all."""
+    """Ranks that share one copy of the state; 0 means all that hold the same part of the model."""
+
+    def layout(self, name: str, ranks: int) -> Layout:
+        """Lay the module out over the ranks of a run.
+
+        Raises:
+            ValueError: The axes do not divide the number of ranks.
+        """
+        axes = self.model_dump()
+        product = math.prod(axes.get(axis, 1) for axis in ("pp", "cp", "hp", "tp"))
+        if ranks % product:
+            named = " · ".join(f"{axis} {axes[axis]}" for axis in ("pp", "cp", "hp", "tp") if axes.get(axis, 1) > 1)
+            raise ValueError(
+                f"[parallel.{name}] {named} = {product} does not divide the run's {ranks} ranks; "
+                f"start a multiple of {product} ranks, or lower an axis"
+            )
+        return Layout(dp=ranks // product, **axes)
+
+
+class LLMLayoutSettings(LayoutSettings):
+    """Layout of the LLM."""
+
+    pp: int = Field(1, ge=1)
+    """Pipeline stages."""
+    cp: int = Field(1, ge=1)
+    """Context-parallel ranks: a ring over the sequence."""
+    hp: int = Field(1, ge=1)
+    """Head-parallel ranks: all-to-all around attention."""
+    placement: Literal["head_first", "context_first"] = "head_first"
+    """Which of hp and cp are neighbouring ranks."""
+    window: int = Field(0, ge=0)
+    """Ranks of a cp ring's inner rings; 0 means one ring."""
 
 
 class ParallelSettings(Settings):
-    """Layouts of the three modules."""
+    """Layouts of the three modules, and how the pipeline and the vision exchange run."""
 
     vit: LayoutSettings = LayoutSettings()
     projector: LayoutSettings = LayoutSettings()
-    llm: LayoutSettings = LayoutSettings()
+    llm: LLMLayoutSettings = LLMLayoutSettings()
+    schedule: Schedule = "1f1b"
+    """Pipeline schedule: ``1f1b``, ``interleaved`` or ``zero_bubble``."""
+    virtual_stages: int = Field(1, ge=1)
+    """Stages of each pipeline rank; more than one needs the schedule ``interleaved`` or ``zero_bubble``."""
+    encode_tiles: int = Field(32, ge=1)
+    """Tiles that a rank encodes at a time; one chunk's visual tokens travel while the next is encoded."""
+    encoder_activations: Literal["keep", "recompute"] = "keep"
+    """Whether the encoder's activations of a whole step are kept, or each chunk is encoded again in its backward."""
     min_unit: int = Field(1_000_000, ge=0)
-    """Blocks of fewer parameters are gathered with the unit around them, where they share the root's layout."""
+    """Blocks of fewer parameters are gathered with the module around them."""
+
+    def plan(self, ranks: int) -> ParallelPlan:
+        """Lay every module out over the ranks of a run.
+
+        Raises:
+            ValueError: A layout does not fit that number of ranks.
+        """
+        return ParallelPlan(
+            vit=self.vit.layout("vit", ranks),
+            projector=self.projector.layout("projector", ranks),
+            llm=self.llm.layout("llm", ranks),
+        )
 
 
 class RecomputeSettings(Settings):

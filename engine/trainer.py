@@ -18,11 +18,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from evovlm.data.batch import MicroBatch
 from evovlm.data.plan import StepPlan
+from evovlm.data.step_batch import StepBatch
 from evovlm.engine.checkpoint import drop_later, list_checkpoints, load_checkpoint, save_checkpoint
-from evovlm.engine.engine import Engine
+from evovlm.engine.engine import Engine, EngineOptions
 from evovlm.engine.flops import forward_flops, peak_flops, training_flops
+from evovlm.engine.layout_check import check_layouts
 from evovlm.engine.model_source import ModelSource, open_source
 from evovlm.engine.optimizer import lr_factor
 from evovlm.engine.run_data import RunData, open_data
@@ -32,7 +33,7 @@ from evovlm.engine.settings import DTYPES, RunSettings
 from evovlm.models.hf.names import Format
 from evovlm.models.hf.save import save_pretrained
 from evovlm.models.internvl import InternVL
-from evovlm.parallel.layout import Layout, ParallelPlan
+from evovlm.parallel.describe import describe_plan
 from evovlm.parallel.world import World
 
 
@@ -53,13 +54,14 @@ def train(settings: RunSettings, world: World, resume: str = "none") -> Path:
         FloatingPointError: Loss or gradient is not finite; no weight was changed by that step.
     """
     source = open_source(settings.model, settings.seed)
+    check_layouts(settings, source.config, world.size)
     data = open_data(settings, source, world)
     checkpoint = _resume_point(settings.out, resume)
     engine = build_engine(settings, source, world)
     identity = _identity(settings, source, data)
     start = 0
     if checkpoint is not None:
-        start = load_checkpoint(checkpoint, engine.model, engine.optimizer, expected=identity)
+        start = load_checkpoint(checkpoint, engine.pieces(), expected=identity)
     if world.is_main:
         start_run(settings, source)
     world.barrier()
@@ -73,7 +75,7 @@ def train(settings: RunSettings, world: World, resume: str = "none") -> Path:
         ) as log,
         _stop_signal() as stop,
     ):
-        for line in data.describe():
+        for line in (*data.describe(), *describe_plan(data.plan).splitlines()):
             log.message(line)
         if checkpoint is not None:
             log.message(f"resumed from {checkpoint} at step {start}")
@@ -89,20 +91,23 @@ def train(settings: RunSettings, world: World, resume: str = "none") -> Path:
 def build_engine(settings: RunSettings, source: ModelSource, world: World) -> Engine:
     """Build the engine that settings describe, filled with the source's weights."""
     chosen = settings.parallel
-    layouts = {
-        name: Layout(dp=world.size, zero=layout.zero, shard=layout.shard)
-        for name, layout in (("vit", chosen.vit), ("projector", chosen.projector), ("llm", chosen.llm))
-    }
     return Engine.build(
         lambda: InternVL(source.config),
-        ParallelPlan(**layouts),
+        chosen.plan(world.size),
         world,
+        hidden_size=source.config.decoder.hidden_size,
         optim=settings.optim,
         weights=source.weights,
-        precision=settings.precision,
-        recompute={"vit": settings.recompute.vit, "llm": settings.recompute.llm},
-        freeze=settings.model.freeze,
-        min_unit=chosen.min_unit,
+        options=EngineOptions(
+            precision=settings.precision,
+            recompute={"vit": settings.recompute.vit, "llm": settings.recompute.llm},
+            freeze=settings.model.freeze,
+            schedule=chosen.schedule,
+            virtual_stages=chosen.virtual_stages,
+            encode_tiles=chosen.encode_tiles,
+            encoder_activations=chosen.encoder_activations,
+            min_unit=chosen.min_unit,
+        ),
     )
 
 
@@ -153,11 +158,11 @@ class _Loop:
         settings, total = self.settings, self.data.total_steps
         loader = self.data.train_loader()
         began = time.perf_counter()
-        for step, (plan, batches) in enumerate(loader.steps(start, total), start=start + 1):
+        for step, (plan, batch) in enumerate(loader.steps(start, total), start=start + 1):
             if plan.step % settings.log.plan_hash_every == 0:
                 self.world.agree(f"the plan of step {plan.step}", plan.digest())
             factor = lr_factor(plan.step, total, settings.optim)
-            result = self.engine.train_step(batches, plan.loss_denominator, factor)
+            result = self.engine.train_step(batch, plan.loss_denominator, factor)
             seconds = time.perf_counter() - began
             stopping = self._record(step, plan, asdict(result), factor, seconds, loader.wait_seconds)
             if step < total:
@@ -208,11 +213,11 @@ class _Loop:
     def _validate(self, step: int) -> None:
         tokens = 0
 
-        def batches() -> Iterator[list[MicroBatch]]:
+        def batches() -> Iterator[StepBatch]:
             nonlocal tokens
-            for plan, microbatches in self.data.validation_loader():
+            for plan, batch in self.data.validation_loader():
                 tokens += plan.num_supervised
-                yield microbatches
+                yield batch
 
         loss, weight = self.engine.evaluate(batches())
         self.log.validation(step, loss / weight if weight else math.nan, tokens)
@@ -225,8 +230,7 @@ class _Loop:
         path = save_checkpoint(
             self.settings.out,
             step,
-            self.engine.model,
-            self.engine.optimizer,
+            self.engine.pieces(),
             self.world,
             self.identity,
             self.settings.checkpoint.keep,

@@ -1,7 +1,7 @@
 """The ``evovlm`` command: what each subcommand takes. What they do is in ``commands.py``.
 
 Nothing heavy is imported before a subcommand runs, so ``evovlm --help`` answers at once. Words that are no option of
-``train``, ``index`` or ``plan`` are settings: ``--optimizer.lr 1e-4`` (see ``settings.py``).
+``train``, ``submit``, ``index`` or ``plan`` are settings: ``--optimizer.lr 1e-4`` (see ``settings.py``).
 
 A user's mistake (a file that is not there, a `ValueError` raised by evovlm itself) ends the command with one red line
 and exit code 2; anything else is a fault of ours and shows its traceback, exit code 1.
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -39,6 +39,13 @@ class ExportFormat(StrEnum):
 
     INTERNVL = "internvl"
     TRANSFORMERS = "transformers"
+
+
+class VerifyPrecision(StrEnum):
+    """What ``verify`` computes in; the tolerance is 1e-10 or 1e-5."""
+
+    FLOAT64 = "float64"
+    FLOAT32 = "float32"
 
 
 def _version(wanted: bool) -> None:
@@ -96,6 +103,53 @@ def train(
     me = _as_rank(ranks, settings.ranks, context.obj)
     if me is not None:
         commands.train(settings, me, resume)
+
+
+@app.command(context_settings=SETTINGS_WORDS, options_metavar=SETTINGS_METAVAR)
+def submit(
+    context: typer.Context,
+    recipe: Recipe,
+    nodes: Annotated[int, typer.Option("--nodes", "-N", min=1, help="Nodes of the job.")],
+    ranks_per_node: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes on each node; by default its GPUs, or the recipe's ranks without GPUs."),
+    ] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs to ask for on each node.")] = 0,
+    cpus_per_task: Annotated[
+        int | None,
+        typer.Option(min=1, help="Cores to ask for on each node; by default one and data.num_workers for each rank."),
+    ] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit, such as 1-00:00:00; default: the partition's.")] = None,
+    partition: Annotated[str | None, typer.Option(help="SLURM's partition; default: the cluster's.")] = None,
+    account: Annotated[str | None, typer.Option(help="SLURM's account; default: yours.")] = None,
+    job_name: Annotated[str | None, typer.Option(help="Name of the job; default: that of the run's folder.")] = None,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Any other option of sbatch, such as mem=0; may be given repeatedly."),
+    ] = None,
+    print_only: Annotated[bool, typer.Option("--print", help="Print the job's script and submit nothing.")] = False,
+) -> None:
+    """Train one stage on several nodes, as a job of SLURM.
+
+    The recipe and the settings on the command line are checked before the job waits in the queue. The script that ran,
+    its output and the output of every rank are kept in logs/ in the run's folder.
+    """
+    from evovlm.launch import commands
+
+    commands.submit(
+        recipe,
+        context.args,
+        nodes=nodes,
+        ranks_per_node=ranks_per_node,
+        gpus_per_node=gpus_per_node,
+        cpus_per_task=cpus_per_task,
+        time=time,
+        partition=partition,
+        account=account,
+        job_name=job_name,
+        sbatch=sbatch or [],
+        print_only=print_only,
+    )
 
 
 @app.command()
@@ -190,6 +244,33 @@ def plan(
     from evovlm.launch import commands
 
     commands.plan(commands.run_settings(recipe, context.args), first=first, steps=steps, num_ranks=ranks)
+
+
+@app.command(context_settings=SETTINGS_WORDS, options_metavar=SETTINGS_METAVAR)
+def verify(
+    context: typer.Context,
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="Verify this recipe's layouts instead of the matrix.")
+    ] = None,
+    plans: Annotated[
+        list[str] | None, typer.Option("--plans", help="Only plans whose name contains or fits this; repeatable.")
+    ] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Most ranks to fork, where no launcher has started any.")] = 8,
+    precision: Annotated[VerifyPrecision, typer.Option(help="Of the trainings that are compared.")] = (
+        VerifyPrecision.FLOAT64
+    ),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file, too.")] = None,
+) -> None:
+    """Check that every layout trains the same model.
+
+    Trains a small model under each plan of a matrix on this machine's ranks, and in one process without the engine,
+    and prints the largest relative differences of loss, gradients, and weights after three steps.
+    """
+    from evovlm.launch import commands
+
+    wanted: Literal["float32", "float64"] = "float64" if precision is VerifyPrecision.FLOAT64 else "float32"
+    if not commands.verify(recipe, context.args, plans or [], ranks, wanted, json_file):
+        raise typer.Exit(1)
 
 
 @app.command()

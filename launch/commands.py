@@ -3,14 +3,16 @@
 Imports stand inside the functions: a subcommand pays only for what it uses.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from evovlm.launch.ranks import RankInfo, process_group
-from evovlm.launch.settings import find_recipe, load_settings
+from evovlm.launch.settings import find_recipe, load_settings, parse_overrides
 
 if TYPE_CHECKING:
+    from evovlm.engine.run_data import RunData
     from evovlm.engine.settings import RunSettings
     from evovlm.models.hf.names import Format
 
@@ -43,6 +45,55 @@ def train(settings: "RunSettings", ranks: RankInfo, resume: str) -> None:
 
     with process_group(ranks) as world:
         trainer.train(settings, world, resume)
+
+
+def submit(
+    recipe: str,
+    overrides: Sequence[str],
+    *,
+    nodes: int,
+    ranks_per_node: int | None,
+    gpus_per_node: int,
+    cpus_per_task: int | None,
+    time: str | None,
+    partition: str | None,
+    account: str | None,
+    job_name: str | None,
+    sbatch: Sequence[str],
+    print_only: bool,
+) -> None:
+    """Submit a run to SLURM and say where its logs will be, or print the script only."""
+    from rich.console import Console
+
+    from evovlm.launch import slurm
+
+    settings = run_settings(recipe, overrides)
+    if any(override.path == ("ranks",) for override in parse_overrides(overrides)):
+        raise slurm.SlurmError("--ranks counts processes of this machine; on a cluster give --ranks-per-node")
+    ranks = ranks_per_node or gpus_per_node or settings.ranks
+    job = slurm.Job(
+        nodes=nodes,
+        ranks_per_node=ranks,
+        cpus_per_task=cpus_per_task or ranks * (1 + settings.data.num_workers),
+        gpus_per_node=gpus_per_node,
+        name=job_name or settings.out.absolute().name,
+        time=time,
+        partition=partition,
+        account=account,
+        options=slurm.parse_options(sbatch),
+    )
+    script = slurm.render(job, settings.out, recipe, overrides)
+    if print_only:
+        sys.stdout.write(script)
+        return
+    slurm.find_sbatch()
+    _open_data(settings, nodes * ranks)  # an index that is missing, or does not fit, shall not wait in the queue
+    number = slurm.submit(script, settings.out)
+    logs = settings.out / "logs"
+    console = Console(soft_wrap=True)
+    console.print(f"submitted job {number}: {nodes} nodes × {ranks} ranks", highlight=False)
+    for what, file in (("script", f"{number}.sbatch"), ("output", f"{number}.txt"), ("ranks", f"{number}/node*")):
+        console.print(f"  {what:6}  {logs / file}", highlight=False, markup=False)
 
 
 def evaluate(run: Path, ranks: RankInfo, checkpoint: str, test_index: Path | None) -> None:
@@ -94,18 +145,29 @@ def quickstart(out: Path, *, short: bool, ranks: int) -> None:
     run_quickstart(out, short=short, ranks=ranks)
 
 
+def verify(
+    recipe: str | None,
+    overrides: Sequence[str],
+    patterns: Sequence[str],
+    ranks: int,
+    precision: Literal["float32", "float64"],
+    json_file: Path | None,
+) -> bool:
+    """Compare layouts with one process; returns whether all are equal."""
+    from evovlm.launch.verify import verify as run
+
+    settings = run_settings(recipe, overrides) if recipe is not None else None
+    me = RankInfo.from_environment()
+    return run(settings, me, patterns=patterns, ranks=ranks, precision=precision, json_file=json_file)
+
+
 def plan(settings: "RunSettings", *, first: int, steps: int, num_ranks: int) -> None:
     """Print a table of planned steps."""
-    import torch
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    from evovlm.engine.model_source import open_source
-    from evovlm.engine.run_data import open_data
-    from evovlm.parallel.world import World
-
-    data = open_data(settings, open_source(settings.model, settings.seed), World(0, num_ranks, torch.device("cpu")))
+    data = _open_data(settings, num_ranks)
     console = Console()
     for line in data.describe():
         console.print(line, markup=False, highlight=False)
@@ -152,3 +214,14 @@ def models() -> None:
             *(f"{count[part] / 1e6:,.1f}" for part in ("vit", "projector", "llm", "total")),
         )
     Console().print(table)
+
+
+def _open_data(settings: "RunSettings", num_ranks: int) -> "RunData":
+    """Open a run's data as one of ``num_ranks`` ranks would; see `open_data` for the errors."""
+    import torch
+
+    from evovlm.engine.model_source import open_source
+    from evovlm.engine.run_data import open_data
+    from evovlm.parallel.world import World
+
+    return open_data(settings, open_source(settings.model, settings.seed), World(0, num_ranks, torch.device("cpu")))

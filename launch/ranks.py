@@ -7,7 +7,8 @@
 
 Under `torchrun`, or any launcher that sets the same variables, a process is already a rank and nothing is started.
 The variables are read here and nowhere else. A rank that fails leaves its error in the file that the agent names;
-the agent ends the other ranks, and the error that came first is shown once.
+the agent ends the other ranks, and the error that came first is shown once. Ranks on other nodes, which this agent
+cannot end, learn from a roll call which rank it was (:mod:`evovlm.launch.roll_call`).
 """
 
 import contextlib
@@ -114,23 +115,28 @@ class RankInfo:
 
 
 @contextlib.contextmanager
-def process_group(ranks: RankInfo, device_type: str = "auto", timeout: float = 1800.0) -> "Iterator[World]":
+def process_group(
+    ranks: RankInfo, device_type: str = "auto", timeout: float = 1800.0, patience: float = 10.0
+) -> "Iterator[World]":
     """Join the run's default process group and leave it after the block.
 
     Args:
         ranks: This process among those of the run.
         device_type: ``"cpu"`` (gloo), ``"cuda"`` (NCCL, with gloo for CPU tensors), or ``"auto"``: CUDA where it is.
         timeout: Seconds after which a collective that a rank never joins is an error.
+        patience: When a rank has failed, seconds in which another that still lives must answer.
 
     Yields:
         This process's rank, the number of ranks and its device; on CUDA, GPU ``local_rank`` is made current.
 
     Raises:
         RankVariablesError: CUDA is asked for and this node has fewer GPUs than ranks.
+        PeerFailedError: The block failed because another rank died or failed before; the message names that rank.
     """
     import torch
     import torch.distributed as dist
 
+    from evovlm.launch.roll_call import RollCall
     from evovlm.parallel.world import World
 
     if device_type == "auto":
@@ -145,16 +151,29 @@ def process_group(ranks: RankInfo, device_type: str = "auto", timeout: float = 1
         device = torch.device("cuda", ranks.local_rank)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(
-        backend,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        store=None if ranks.launched else dist.HashStore(),  # type: ignore[attr-defined]  # documented, not in its stubs
-        timeout=timedelta(seconds=timeout),
-    )
-    yield World(ranks.rank, ranks.world_size, device)
-    # Only after success: a rank that leaves the group early makes its peers fail first, with a lesser error.
-    dist.barrier()
+    # Without a launcher the store is this process's own. With one, it is found as torch itself would.
+    store: dist.Store = dist.HashStore()  # type: ignore[attr-defined]  # documented, not in its stubs
+    roll_call = None
+    if ranks.launched:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        store.set_timeout(timedelta(seconds=timeout))
+        roll_call = RollCall(store, ranks.rank, ranks.world_size, patience=patience, end=_end_after)
+    try:
+        dist.init_process_group(
+            backend,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            store=dist.PrefixStore("default_pg", store),
+            timeout=timedelta(seconds=timeout),
+        )
+        yield World(ranks.rank, ranks.world_size, device)
+        # Only after success: a rank that leaves the group early makes its peers fail first, with a lesser error.
+        dist.barrier()
+    except Exception as error:
+        cause = roll_call and roll_call.explain(error)
+        if cause is None:
+            raise
+        raise cause from error
     if not ranks.launched:  # a launched rank ends without tear-down, see `leave`
         dist.destroy_process_group()
 
@@ -209,10 +228,13 @@ def leave_error(error: BaseException, exit_code: int) -> None:
     file = os.environ.get(_ERROR_FILE)
     if file is None:
         return
+    from evovlm.launch.roll_call import PeerFailedError
+
     text = "".join(traceback.format_exception(error))
     message = str(error) if exit_code == 2 else "".join(traceback.format_exception_only(error)).strip()
     # torch's agent reads "timestamp" in whole seconds, too coarse to tell cause from consequence.
     extra = {"py_callstack": text, "timestamp": str(int(time.time())), "time": time.time()}
+    extra["consequence"] = isinstance(error, PeerFailedError)
     Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}), encoding="utf-8")
     _end(exit_code)
 
@@ -225,6 +247,13 @@ def leave(exit_code: int) -> None:
     """
     if RankInfo.from_environment().launched:
         _end(exit_code)
+
+
+def _end_after(error: BaseException) -> None:
+    """End this process with an error from any thread, whatever the main thread is at."""
+    sys.stderr.write(f"evovlm: {error}\n")
+    leave_error(error, 1)
+    _end(1)
 
 
 def _end(exit_code: int) -> None:
@@ -260,7 +289,8 @@ def _first_failure(failures: Mapping[int, Any], logs: Path) -> RankError:
     """Pick the cause among torch's ``ProcessFailure`` of several ranks; the rest are its consequences.
 
     A rank that the system killed says nothing, and its peers' "connection closed" comes first: so killed ranks go
-    before exceptions, exceptions by time before other exits, and the ranks that the agent itself ended go last.
+    before exceptions, exceptions by time before other exits, then those that name another rank as their cause, and the
+    ranks that the agent itself ended go last.
     """
 
     def order(item: tuple[int, Any]) -> tuple[int, float]:
@@ -268,8 +298,9 @@ def _first_failure(failures: Mapping[int, Any], logs: Path) -> RankError:
         if -failure.exitcode in _PROGRAM_FAULTS:
             return 0, failure.timestamp
         if isinstance(failure.message, dict):
-            return 1, failure.message["extraInfo"].get("time", failure.timestamp)
-        return 3 if failure.exitcode == -signal.SIGTERM else 2, failure.timestamp
+            extra = failure.message["extraInfo"]
+            return 3 if extra.get("consequence") else 1, extra.get("time", failure.timestamp)
+        return 4 if failure.exitcode == -signal.SIGTERM else 2, failure.timestamp
 
     rank, failure = min(failures.items(), key=order)
     if isinstance(failure.message, dict):

@@ -6,6 +6,7 @@ Segments of a pack never see each other. *How* queries meet keys is not the deco
 ``Attend`` object, so that training (packed segments), generation (a cache) and sharded sequences share this code.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch.nn.functional as F
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 from evovlm.csrc.ops import packed_attention, rotary, rotary_angles
 from evovlm.models.config import DecoderConfig
 from evovlm.models.vit import RMSNorm
+
+Head = Callable[[Tensor, Tensor], Tensor]
+"""What is made of the last hidden states: ``(hidden [T, H], head weight [V, H]) -> Tensor``."""
 
 
 class Attend(Protocol):
@@ -145,8 +149,32 @@ class Decoder(nn.Module):
         if self.config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Compute logits ``[T, V]`` of packed tokens ``[T]`` without images."""
-        hidden = self.model(self.model.embed_tokens(tokens), positions, PackedAttend(cu_seqlens))
-        logits: Tensor = self.lm_head(hidden)
-        return logits
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        *,
+        visual: tuple[Tensor, Tensor] | None = None,
+        head: Head | None = None,
+    ) -> Tensor:
+        """Run the decoder, or the part of it that a pipeline stage holds.
+
+        Args:
+            x: int64 ``[T]`` token ids, or hidden states ``[T, H]`` of the stage before.
+            positions: ``[T]`` float32, possibly fractional.
+            attend: How queries meet keys.
+            visual: Rows int64 ``[n]`` and values ``[n, H]`` that replace the embeddings of those rows.
+            head: What to make of the last hidden states ``[T, H]`` and the head's weight ``[V, H]``, such as a loss
+                that never holds all logits.
+
+        Returns:
+            What ``head`` returns; without one, the last hidden states ``[T, H]``.
+        """
+        embeddings = x if x.is_floating_point() else self.model.embed_tokens(x)
+        if visual is not None:
+            rows, values = visual
+            # Also with no rows at all: the graph then still reaches the encoder, on every rank alike.
+            embeddings = embeddings.index_copy(0, rows, values.to(embeddings.dtype))
+        hidden: Tensor = self.model(embeddings, positions, attend)
+        return hidden if head is None else head(hidden, self.lm_head.weight)

@@ -7,17 +7,13 @@
 Which rows are visual is told by ``visual_rows`` (made with the plan), never read off the token ids.
 """
 
-from collections.abc import Callable
-
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evovlm.models.config import InternVLConfig
-from evovlm.models.decoder import Attend, Decoder, PackedAttend
+from evovlm.models.decoder import Attend, Decoder, Head, PackedAttend
 from evovlm.models.projector import build_projector, pixel_shuffle
 from evovlm.models.vit import InternViT
-
-Head = Callable[[Tensor, Tensor], Tensor]
-"""What is made of the last hidden states: ``(hidden [T, H], head weight [V, H]) -> Tensor``."""
 
 
 class InternVL(nn.Module):
@@ -34,30 +30,24 @@ class InternVL(nn.Module):
         self.mlp1 = build_projector(config)
         self.language_model = Decoder(config.decoder)
 
-    def encode(self, tiles: Tensor, tile_keys: Tensor | None = None) -> Tensor:
-        """Turn tiles ``[N, 3, S, S]`` into visual tokens ``[N·tokens_per_tile, H]``, tile by tile; N may be 0."""
-        features = self.vision_model(tiles, tile_keys)[:, 1:]
-        projected: Tensor = self.mlp1(pixel_shuffle(features, self.config.downsample).flatten(0, 1))
+    def see(self, tiles: Tensor, tile_keys: Tensor | None = None) -> Tensor:
+        """Turn tiles ``[N, 3, S, S]`` into features ``[N, tokens_per_tile, C·p²]``; N may be 0."""
+        return pixel_shuffle(self.vision_model(tiles, tile_keys)[:, 1:], self.config.downsample)
+
+    def project(self, features: Tensor) -> Tensor:
+        """Turn features ``[..., C·p²]`` into visual tokens ``[..., H]``."""
+        projected: Tensor = self.mlp1(features)
         return projected
 
-    def embed(self, tokens: Tensor, visual_tokens: Tensor, visual_rows: Tensor) -> Tensor:
-        """Embed tokens ``[T]`` and write the visual tokens to their rows: ``[T, H]``.
+    def encode(self, tiles: Tensor, tile_keys: Tensor | None = None) -> Tensor:
+        """Turn tiles ``[N, 3, S, S]`` into visual tokens ``[N·tokens_per_tile, H]``, tile by tile; N may be 0."""
+        return self.project(self.see(tiles, tile_keys).flatten(0, 1))
 
-        Raises:
-            ValueError: The numbers of rows and of visual tokens differ.
-        """
-        if visual_rows.shape[0] != visual_tokens.shape[0]:
-            raise ValueError(
-                f"{visual_tokens.shape[0]} visual tokens for {visual_rows.shape[0]} rows of the pack: "
-                "tiles and their places come from different plans"
-            )
-        embeddings: Tensor = self.language_model.model.embed_tokens(tokens)
-        # Also with no rows at all: the graph then still reaches the ViT, so every rank runs the same collectives.
-        return embeddings.index_copy(0, visual_rows, visual_tokens.to(embeddings.dtype))
-
-    def decode(self, embeddings: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Run the decoder over ``[T, H]`` embeddings; returns the last hidden states ``[T, H]``."""
-        hidden: Tensor = self.language_model.model(embeddings, positions, attend)
+    def decode(
+        self, tokens: Tensor, positions: Tensor, attend: Attend, visual: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Embed and run tokens ``[T]``, visual tokens at their rows; returns the last hidden states ``[T, H]``."""
+        hidden: Tensor = self.language_model(tokens, positions, attend, visual=visual)
         return hidden
 
     def forward(
@@ -88,10 +78,13 @@ class InternVL(nn.Module):
         Raises:
             ValueError: Tiles and visual rows do not match.
         """
-        embeddings = self.embed(tokens, self.encode(tiles, tile_keys), visual_rows)
-        hidden = self.decode(embeddings, positions, PackedAttend(cu_seqlens))
-        lm_head = self.language_model.lm_head
-        if head is not None:
-            return head(hidden, lm_head.weight)
-        logits: Tensor = lm_head(hidden)
-        return logits
+        visual = self.encode(tiles, tile_keys)
+        if visual_rows.shape[0] != visual.shape[0]:
+            raise ValueError(
+                f"{visual.shape[0]} visual tokens for {visual_rows.shape[0]} rows of the pack: "
+                "tiles and their places come from different plans"
+            )
+        made: Tensor = self.language_model(
+            tokens, positions, PackedAttend(cu_seqlens), visual=(visual_rows, visual), head=head or F.linear
+        )
+        return made

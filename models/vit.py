@@ -63,11 +63,15 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionAttention(nn.Module):
-    """Bidirectional attention inside each tile, with one fused q, k, v projection."""
+    """Bidirectional attention inside each tile, with one fused q, k, v projection.
+
+    Its rows are ordered ``[head, q | k | v, D]``, so that any run of whole heads is an attention of its own; published
+    checkpoints order them ``[q | k | v, head, D]``, and ``models/hf`` translates.
+    """
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
+        self.head_dim = config.hidden_size // config.num_heads
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
         self.q_norm = RMSNorm(config.hidden_size, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.hidden_size, config.norm_eps) if config.qk_norm else nn.Identity()
@@ -75,9 +79,10 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend within each tile: ``[N, P, C]`` to ``[N, P, C]``."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
+        q, k, v = self.qkv(x).unflatten(-1, (-1, 3, self.head_dim)).unbind(-2)
+        q, k = self.q_norm(q.flatten(-2)), self.k_norm(k.flatten(-2))
+        q, k = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k))
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v)
         projected: Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return projected

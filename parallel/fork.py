@@ -10,6 +10,7 @@ by ``launch/`` instead.
 import multiprocessing
 import pickle  # noqa: TID251 - carries results of our own ranks, never data from outside
 import queue
+import signal
 import tempfile
 import time
 import traceback
@@ -24,10 +25,12 @@ import torch.distributed as dist
 from evovlm.parallel.world import World
 
 T = TypeVar("T")
+_POLL = 0.1  # seconds between looks at whether ranks are alive
+_SETTLE = 0.3  # seconds after a rank's error in which a peer may turn out to have died before it
 
 
 class RankFailedError(RuntimeError):
-    """A forked rank raised or died; the message holds its traceback."""
+    """A forked rank raised or died; the message names it and holds its traceback, or how it died."""
 
 
 def run_ranks(size: int, function: Callable[[World], T], *, timeout: float = 120.0) -> list[T]:
@@ -83,19 +86,32 @@ def _run(rank: int, size: int, store: str, function: Callable[[World], Any], res
 
 def _collect(ranks: list[Any], results: Any, deadline: float) -> list[Any]:
     values: dict[int, Any] = {}
+    errors: dict[int, str] = {}
+    settled = deadline
     while len(values) < len(ranks):
         try:
-            rank, value, error = results.get(timeout=0.5)
+            rank, value, error = results.get(timeout=max(0.0, min(_POLL, deadline - time.monotonic())))
         except queue.Empty:
-            dead = [n for n, process in enumerate(ranks) if not process.is_alive() and n not in values]
+            dead = [n for n, each in enumerate(ranks) if not each.is_alive() and n not in values and n not in errors]
             if dead and results.empty():
-                code = ranks[dead[0]].exitcode
-                raise RankFailedError(f"rank {dead[0]} died with exit code {code}") from None
-            if time.monotonic() > deadline:
+                raise RankFailedError(f"rank {dead[0]} {_how_it_died(ranks[dead[0]].exitcode)}") from None
+            if errors and time.monotonic() > settled:
+                break
+            if time.monotonic() >= deadline:
                 missing = [n for n in range(len(ranks)) if n not in values]
                 raise RankFailedError(f"ranks {missing} did not finish in time") from None
             continue
-        if error is not None:
-            raise RankFailedError(f"rank {rank}:\n{error}")
-        values[rank] = pickle.loads(value)
+        if error is None:
+            values[rank] = pickle.loads(value)
+            continue
+        # Where a rank was killed, its peers' "connection closed" can come before the system says that it is dead.
+        settled = settled if errors else min(deadline, time.monotonic() + _SETTLE)
+        errors[rank] = error
+    if errors:
+        rank, error = next(iter(errors.items()))
+        raise RankFailedError(f"rank {rank}:\n{error}")
     return [values[rank] for rank in range(len(ranks))]
+
+
+def _how_it_died(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"died with exit code {code}"

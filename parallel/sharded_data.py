@@ -1,97 +1,132 @@
-"""Sharded data parallelism: applies ``fully_shard`` (FSDP2) to a model by a table of its units.
+"""Sharded data parallelism: applies ``fully_shard`` (FSDP2) to a module, block by block.
 
-table  {"vision_model.encoder.layers.*": "vit", …, "": "llm"}      a unit's weights are gathered together
-  │                                                                and freed together; "" is the root
-  ▼
-fully_shard(unit, mesh and ZeRO level of the module it belongs to), innermost units first
+root ─┬─ block 0 ─┐ each block's weights are gathered together just before it runs (the next block's gather is already
+      ├─ block 1 ─┤ under way) and, under ZeRO 3, freed after it; gradients are summed over the data ranks
+      └─ rest ────┘ of the layout, in float32 or wider
+
+zero 1  weights whole during a step, one reduction at its end
+zero 2  weights whole during a step, gradients reduced and split after every microbatch
+zero 3  weights gathered for each use, gradients reduced and split after every microbatch
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
+from itertools import pairwise
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from evovlm.parallel.layout import Layout
+from evovlm.parallel.mesh import ModuleMesh
+
+
+def find_modules(root: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
+    """List the (path, module) that a pattern matches, in the order of the model; ``*`` is one path component.
+
+    Raises:
+        ValueError: The pattern matches nothing.
+    """
+    found = [(path, module) for path, module in root.named_modules() if path and matches(path, pattern)]
+    if not found:
+        raise ValueError(f"sharding table: no module matches {pattern!r} in {type(root).__name__}")
+    return found
 
 
 def units_of(model: nn.Module, table: Mapping[str, str]) -> list[tuple[str, str]]:
-    """List the (module path, layout name) of each sharding unit, innermost first.
+    """List (path, entry) of every module that a table names, in the order of the table.
 
     Raises:
-        ValueError: A pattern of the table matches no module of this model.
+        ValueError: A pattern of the table matches nothing.
     """
-    paths = [path for path, _ in model.named_modules()]
-    units: list[tuple[str, str]] = []
-    for pattern, layout in table.items():
-        found = [path for path in paths if path == pattern or (pattern and _matches(path, pattern))]
-        if not found:
-            raise ValueError(f"sharding table: no module matches {pattern!r} in {type(model).__name__}")
-        units += [(path, layout) for path in found]
-    # The sort is stable: within a depth, units keep the order in which the model runs them.
-    return sorted(units, key=lambda unit: -(unit[0].count(".") + 1 if unit[0] else 0))
+    return [(path, entry) for pattern, entry in table.items() for path, _ in find_modules(model, pattern)]
 
 
-def _matches(path: str, pattern: str) -> bool:
-    """Glob match where ``*`` stays inside one path component."""
+def matches(path: str, pattern: str) -> bool:
+    """Whether a module path fits a pattern; ``*`` stands for one component of the path."""
     parts, wanted = path.split("."), pattern.split(".")
     return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
 
 
-def shard_model(
-    model: nn.Module,
-    table: Mapping[str, str],
-    layouts: Mapping[str, Layout],
+def shard_module(
+    root: nn.Module,
+    blocks: str | None,
+    mesh: ModuleMesh,
     *,
-    device_type: str,
     compute_dtype: torch.dtype | None = None,
     min_unit: int = 0,
 ) -> None:
-    """Shard a model's parameters in place over the data-parallel ranks.
+    """Shard a module's parameters in place over the data ranks of its layout.
 
     Args:
-        model: Built on the meta device or on a real one.
-        table: Module path pattern → name of its layout; must contain ``""``, the root.
-        layouts: Name → layout.
-        device_type: ``cpu`` or ``cuda``.
+        root: Built on the meta device or on a real one; tensor parallelism is already applied.
+        blocks: Path pattern of the blocks that are gathered one by one; None for none.
+        mesh: The module's meshes.
         compute_dtype: Dtype of weights and activations in forward and backward; None keeps the parameters' own.
             Gradients are reduced in float32 (or the parameters' wider dtype). Inputs are never cast: positions
             must stay float32, so a model casts its own pixels.
-        min_unit: Units of fewer parameters join the one around them, if they share the root's layout: a collective for
-            each of a tiny model's blocks costs more than it computes.
+        min_unit: Blocks of fewer parameters join the root: a collective for each of a tiny model's blocks costs more
+            than it computes.
     """
-    meshes: dict[Layout, DeviceMesh] = {}
-    parameter_dtype = next(model.parameters()).dtype
+    parameter_dtype = next(root.parameters()).dtype
     reduce_dtype = torch.promote_types(parameter_dtype, torch.float32)
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-    for path, name in units_of(model, table):
-        layout = layouts[name]
-        num_parameters = sum(p.numel() for p in model.get_submodule(path).parameters())
-        if path and num_parameters < min_unit and layout == layouts[table[""]]:
-            continue
-        if layout not in meshes:
-            meshes[layout] = layout.mesh(device_type)
-        fully_shard(
-            model.get_submodule(path),
-            mesh=meshes[layout],
-            reshard_after_forward=layout.zero == 3,
-            mp_policy=precision,
-        )
+    units = [module for _, module in find_modules(root, blocks)] if blocks else []
+    units = [unit for unit in units if 0 < sum(p.numel() for p in unit.parameters()) >= min_unit]
+    for unit in (*units, root):
+        fully_shard(unit, mesh=mesh.data, reshard_after_forward=mesh.layout.zero == 3, mp_policy=precision)
+    for managed in _units(root):
+        # A loss is a sum over ranks, with its denominator already in it: gradients are added up, never averaged.
+        managed.set_gradient_divide_factor(1.0)
+        managed.set_force_sum_reduction_for_comms(True)
+    sharded = [unit for unit in units if isinstance(unit, FSDPModule)]
+    for unit, following in pairwise(sharded):
+        unit.set_modules_to_forward_prefetch([following])
 
 
-def accumulate(model: nn.Module, table: Mapping[str, str], layouts: Mapping[str, Layout], *, last: bool) -> None:
-    """Tell each unit whether the coming backward is the step's last one.
+def _units(root: nn.Module) -> Iterator[FSDPModule]:
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            yield module
 
-    Under ZeRO 1 gradients stay whole and local until then and are reduced once; under ZeRO 2 and 3 they are reduced
-    after every microbatch.
+
+def accumulate(root: nn.Module, mesh: ModuleMesh, *, last: bool) -> None:
+    """Tell a sharded module whether the coming backward is the step's last one.
+
+    Under ZeRO 1 gradients stay whole and local until then and are reduced once; under ZeRO 2 and 3 they are
+    reduce-scattered after every microbatch, and the copies of hybrid ZeRO are added up with the last.
     """
-    for path, name in units_of(model, table):
-        unit = model.get_submodule(path)
-        if not isinstance(unit, FSDPModule):
-            if not path:
-                raise TypeError("the model is not sharded: call shard_model first")
-            continue  # too small to be a unit of its own: it joined the one around it
-        unit.set_requires_gradient_sync(last or layouts[name].zero >= 2, recurse=False)
+    zero = mesh.layout.zero
+    for unit in _units(root):
+        unit.set_requires_gradient_sync(last or zero >= 2, recurse=False)
+        unit.set_requires_all_reduce(last, recurse=False)
+        unit.set_reshard_after_backward(last or zero == 3, recurse=False)
         unit.set_is_last_backward(last)
+
+
+def accumulate_unordered(root: nn.Module, mesh: ModuleMesh) -> None:
+    """As :func:`accumulate` for a schedule that does not say which backward is the last; end it by :func:`finish`."""
+    accumulate(root, mesh, last=False)
+    for unit in _units(root):
+        unit.set_requires_all_reduce(True, recurse=False)
+
+
+def finish(root: nn.Module) -> None:
+    """Reduce the gradients that were kept local, wait for all reductions, and free gathered weights."""
+    if not isinstance(root, FSDPModule):
+        raise TypeError("the module is not sharded: call shard_module first")
+    for unit in _units(root):
+        unit.set_requires_gradient_sync(True, recurse=False)
+        unit.set_requires_all_reduce(True, recurse=False)
+        unit.set_reshard_after_backward(True, recurse=False)
+        unit.set_is_last_backward(True)
+    # What torch's own pipeline stages do after their last backward; there is no public call for it.
+    for state in root._get_fsdp_state()._state_ctx.all_states:
+        for group in state._fsdp_param_groups:
+            group.post_backward()
+    root._get_fsdp_state()._root_post_backward_final_callback()
+
+
+def free(root: nn.Module) -> None:
+    """Free gathered weights that no backward will free, such as after evaluation."""
+    for unit in _units(root):
+        unit.reshard()

@@ -21,6 +21,7 @@ from evovlm.models.hf.names import (
     published_names,
     vision_shapes,
 )
+from evovlm.models.hf.qkv import stream_by_head
 from evovlm.models.hf.read_config import ConfigError, Kind, kind_of, read_decoder, read_model, read_vision
 from evovlm.models.hf.shards import CheckpointError, Shards, read_shards
 
@@ -109,9 +110,10 @@ def read_state(directory: str | Path, config: InternVLConfig | None = None) -> N
     if kind not in ("internvl", "transformers"):
         raise CheckpointError(f"{directory}: holds a bare {kind} model; use read_vision_dir or read_llm_dir")
     format: Format = "internvl" if kind == "internvl" else "transformers"
-    return read_shards(
+    tensors = read_shards(
         Shards.open(directory), model_shapes(config), lambda name: published_names(name, format), canonical
     )
+    return stream_by_head(tensors, config.vision.num_heads)
 
 
 def read_vision_dir(directory: str | Path) -> tuple[VisionConfig, NamedTensors]:
@@ -131,12 +133,13 @@ def read_vision_dir(directory: str | Path) -> tuple[VisionConfig, NamedTensors]:
     config = read_vision(json_config)
     format: Format = "transformers" if json_config["model_type"] == "internvl_vision" else "internvl"
     prefix = "vision_tower." if format == "transformers" else "vision_model."
-    return config, read_shards(
+    tensors = read_shards(
         Shards.open(directory),
         vision_shapes(config),
         lambda name: published_names(name, format),
         lambda name: prefix + name,
     )
+    return config, stream_by_head(tensors, config.num_heads)
 
 
 def read_llm_dir(directory: str | Path) -> tuple[DecoderConfig, NamedTensors]:

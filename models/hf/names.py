@@ -3,6 +3,7 @@
     evovlm = OpenGVLab (``internvl``)                transformers
     vision_model.encoder.layers.3.norm1.weight       vision_tower.encoder.layer.3.layernorm_before.weight
     vision_model.encoder.layers.3.attn.qkv.weight    …layer.3.attention.{q_proj, k_proj, v_proj}.weight, a third each
+                                                     (rows in another order: see ``qkv.py``)
     mlp1.1.weight                                    multi_modal_projector.linear_1.weight
     language_model.model.norm.weight                 language_model.model.norm.weight
 
@@ -59,7 +60,8 @@ def published_names(name: str, format: Format) -> tuple[str, ...]:
         format: Which published format.
 
     Returns:
-        One name; or, for a fused q, k, v projection in ``transformers``, three, each a third of the rows in order.
+        One name; or, for a fused q, k, v projection in ``transformers``, three, each a third of the rows of
+        the published tensor (:mod:`evovlm.models.hf.qkv`) in order.
 
     Raises:
         KeyError: No published format has such a tensor.

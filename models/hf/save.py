@@ -22,6 +22,7 @@ from evovlm.models.hf.files import (
     write_processor_config,
 )
 from evovlm.models.hf.names import EMBEDDING, LM_HEAD, Format, model_shapes, published_names
+from evovlm.models.hf.qkv import by_part
 from evovlm.models.hf.shards import CheckpointError, ShardWriter
 from evovlm.models.hf.write_config import write_decoder, write_model, write_vision
 
@@ -116,6 +117,7 @@ def _write_weights(
         tensor = value if dtype is None else value.to(dtype)
         if name == EMBEDDING:
             stored = tensor.dtype
+        tensor = by_part(name, tensor, config.vision.num_heads)
         names = published_names(name, format)
         for part_name, part in zip(names, tensor.chunk(len(names)), strict=True):
             writer.add(part_name, part)

@@ -37,7 +37,7 @@ def random_index(make_index: MakeIndex, seed: int, size: int = 60, longest: int 
             "name": "chart",
             "tokens": tokens[1],
             "tiles": tiles,
-            "images": rng.integers(0, tiles + 1),
+            "images": rng.integers(np.minimum(tiles, 1), tiles + 1),
             "supervised": rng.integers(0, tokens[1]),
         },
     )
@@ -90,6 +90,7 @@ def test_packs_of_a_step_do_not_depend_on_the_layout(make_index: MakeIndex, seed
         for plan in plans:
             assert as_lists(plan.packs) == as_lists(plans[0].packs)
             assert plan.loss_denominator == plans[0].loss_denominator
+            assert plan.image_tiles.tolist() == plans[0].image_tiles.tolist()
             assert sorted(plan.assignment.ravel().tolist()) == list(range(8))  # each pack on one rank, once
         assert make_planner(index).plan_step(step, DataLayout(4, 2)).digest() == plans[2].digest()
         assert len({plan.digest() for plan in plans}) == 4
@@ -149,22 +150,6 @@ def test_loss_weights_of_the_spec() -> None:
     assert loss_weights([4, 16, 0], "square").tolist() == [1 / 2, 1 / 4, 0]
 
 
-@given(seed=st.integers(0, 2**32))
-@settings(max_examples=20, deadline=None)
-def test_images_are_encoded_where_their_pack_is(make_index: MakeIndex, seed: int) -> None:
-    index = random_index(make_index, seed)
-    plan = make_planner(index).plan_step(0, DataLayout(4, 2))
-    rank_of = {int(number): rank for rank, row in enumerate(plan.assignment) for number in row}
-    images = [
-        rank_of[number]
-        for number, p in enumerate(plan.packs)
-        for sample in p.samples
-        for _ in range(int(index.samples["num_images"][sample]))
-    ]
-    assert plan.encoder_rank.tolist() == images
-    assert plan.encoder_rank.dtype == plan.assignment.dtype == np.int32
-
-
 @given(st.lists(st.integers(0, 10**12), min_size=24, max_size=24), st.sampled_from([1, 2, 3, 4, 6, 8, 12, 24]))
 def test_assignment_is_balanced(costs: list[int], ranks: int) -> None:
     assignment = assign(costs, DataLayout(ranks, 24 // ranks))
@@ -179,17 +164,20 @@ def test_assignment_is_balanced(costs: list[int], ranks: int) -> None:
 def test_balance_beats_the_order_of_packs(make_index: MakeIndex) -> None:
     rng = np.random.default_rng(0)
     index = make_index({"name": "a", "tokens": rng.integers(1, 200, 4000), "tiles": rng.integers(0, 9, 4000)})
-    planner = make_planner(index, pack_tokens=1024, pack_tiles=40, packs_per_step=64, window=4000, attention_length=512)
+    planner = make_planner(index, pack_tokens=1024, pack_tiles=40, packs_per_step=64, window=4000)
     plan = planner.plan_step(0, DataLayout(8, 8))
-    tokens, tiles = index.samples["num_tokens"].astype(float), index.samples["num_tiles"]
-    cost = np.array([(tokens[p.samples] ** 2 / 512 + 64 * tiles[p.samples]).sum() for p in plan.packs])
+    # Linear layers cost every pack the same, and tiles are encoded elsewhere: attention is what differs.
+    cost = np.array([(index.samples["num_tokens"][p.samples].astype(float) ** 2).sum() for p in plan.packs])
 
     def imbalance(assignment: np.ndarray) -> float:
         load = cost[assignment].sum(axis=1)
         return float(load.max() / load.mean() - 1)
 
-    assert imbalance(plan.assignment) < 0.02
-    assert imbalance(np.arange(64).reshape(8, 8)) > 0.03
+    assert imbalance(plan.assignment) < 0.03
+    assert imbalance(np.arange(64).reshape(8, 8)) > 0.3
+    tiles = np.bincount(plan.encoder_rank, weights=plan.image_tiles)
+    beside_packs = np.array([p.num_tiles for p in plan.packs])[plan.assignment].sum(axis=1)
+    assert tiles.max() - tiles.min() <= plan.image_tiles.max() < beside_packs.max() - beside_packs.min()
 
 
 def test_layouts_that_do_not_divide_a_step_are_errors(make_index: MakeIndex) -> None:
@@ -260,7 +248,7 @@ EXAMPLE = (
     {"name": "text", "tokens": EXAMPLE_TOKENS},
     {"name": "chart", "tokens": EXAMPLE_TOKENS, "tiles": [i % 5 for i in range(50)]},
 )
-RECORDED = ["1898c290fe332004a39399122d41efe2", "95b3c2cc61da13d3855864da3ea4e582"]
+RECORDED = ["e6653581c48d564148c1dfcc15541ea3", "e56601e43c57c5dd7c76830b1714cbaa"]
 
 
 def example_digests(index: Any) -> list[str]:

@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from evovlm.engine.engine import Engine, local
+from evovlm.data.share_out import WholePack, share_out
+from evovlm.data.step_batch import StepBatch
+from evovlm.engine.engine import Engine
 from evovlm.engine.optimizer import lr_factor
 from evovlm.models import decoder as decoder_module
 from evovlm.models.hf.names import EMBEDDING, LM_HEAD
@@ -27,9 +29,11 @@ from .support import (
     OPTIM,
     SMALL,
     STEPS,
+    TOKENS_PER_TILE,
     Trained,
     assert_same_training,
     build,
+    data_plan,
     denominator,
     microbatch,
     plain_loss,
@@ -43,8 +47,7 @@ TIED = replace(SMALL, decoder=replace(SMALL.decoder, tie_embeddings=True))
 
 
 def alike(dp: int, zero: Literal[1, 2, 3], shard: int = 0) -> ParallelPlan:
-    layout = Layout(dp=dp, zero=zero, shard=shard)
-    return ParallelPlan(vit=layout, projector=layout, llm=layout)
+    return data_plan(dp, zero=zero, shard=shard)
 
 
 MIXED = ParallelPlan(vit=Layout(dp=4, zero=3, shard=2), projector=Layout(dp=4, zero=2), llm=Layout(dp=4, zero=1))
@@ -93,7 +96,7 @@ def trained() -> dict[tuple[int, str], Trained]:
 
     def job(world: World) -> dict[tuple[int, str], Trained]:
         mine = {case: options for case, options in CASES.items() if case[0] == world.size}
-        return {case: run_steps(build(world, **options)) for case, options in mine.items()}
+        return {case: run_steps(build(world, **options), options.get("plan")) for case, options in mine.items()}
 
     return {case: result for size in (1, 2, 4) for case, result in in_world(size, job).items()}
 
@@ -101,7 +104,7 @@ def trained() -> dict[tuple[int, str], Trained]:
 def test_the_cases_are_what_they_should_be(reference: Trained) -> None:
     for size in (2, 4):
         tiles = [sum(len(batch.tiles) for batch in STEPS[0][rank::size]) for rank in range(size)]
-        assert min(tiles) == 0 < max(tiles)  # a rank with only text beside a rank with images
+        assert min(tiles) == 0 < max(tiles)  # a rank whose packs are text beside a rank with images
     assert sum(len(batch.tiles) for batch in STEPS[1]) == 0
     assert any(not batch.weights.any() for batch in STEPS[2])
     assert any(reference.clipped)
@@ -131,15 +134,14 @@ def variants(request: pytest.FixtureRequest) -> dict[Any, Any]:
             "float32": run_steps(make(world, precision="float32")),
         }
         engine = make(world, TIED)
-        results["still tied"] = engine.model.language_model.lm_head.weight is (  # type: ignore[union-attr]
-            engine.model.language_model.model.embed_tokens.weight  # type: ignore[union-attr]
-        )
+        decoder = engine.parts.stages[0].root
+        results["still tied"] = decoder.lm_head.weight is decoder.model.embed_tokens.weight  # type: ignore[union-attr]
         for freeze in FROZEN:
             engine = make(world, freeze=freeze)
             results[freeze] = run_steps(engine)
-            frozen = [p for name, p in engine.model.named_parameters() if module_of(name) in freeze]
-            optimised = {id(p) for group in engine.optimizer.param_groups for p in group["params"]}
-            results["gradients", freeze] = sum(p.grad is not None or id(p) in optimised for p in frozen)
+            frozen = [p for p in engine.state.parameters if module_of(p.name) in freeze]
+            optimised = {id(p) for group in engine.state.optimizer.param_groups for p in group["params"]}
+            results["gradients", freeze] = sum(p.gradient is not None or id(p.local) in optimised for p in frozen)
         return results
 
     return in_world(2, job)
@@ -168,7 +170,7 @@ def test_frozen_modules_do_not_change(freeze: tuple[str, ...], variants: dict[An
 
 
 def gradients(engine: Engine) -> list[Tensor | None]:
-    return [None if p.grad is None else local(p.grad) for p in engine.model.parameters()]
+    return [p.gradient for p in engine.state.parameters]
 
 
 @pytest.fixture(scope="module")
@@ -177,29 +179,32 @@ def events() -> dict[str, Any]:
 
     def job(world: World) -> dict[str, Any]:
         seen: dict[str, Any] = {}
-        mine = [step[world.rank :: world.size] for step in STEPS]
 
-        # A damaged sample: on one rank only.
+        def share(packs: list[WholePack]) -> StepBatch:
+            return share_out(packs, data_plan(2), world.rank, TOKENS_PER_TILE)
+
+        # A damaged sample of one rank.
         damaged = microbatch(5, 1)
-        if world.rank == 1:
-            damaged.tiles[0, 0, 0, 0] = math.inf
+        damaged.tiles[0, 0, 0, 0] = math.inf
         engine = build(world)
-        run_steps(engine, STEPS[:1])
-        before = dict(engine.named_full_tensors())
+        run_steps(engine, steps=STEPS[:1])
+        before = dict(engine.named_full_tensors(everywhere=True))
         try:
-            engine.train_step([damaged], 3.0)
+            engine.train_step(share([microbatch(4, 0), damaged]), 3.0)
         except FloatingPointError as error:
             seen["damaged"] = str(error)
-        seen["untouched"] = all(torch.equal(w, before[name]) for name, w in engine.named_full_tensors())
+        seen["untouched"] = all(torch.equal(w, before[name]) for name, w in engine.named_full_tensors(everywhere=True))
         seen["dropped"] = all(g is None for g in gradients(engine))
-        seen["afterwards"] = run_steps(engine, STEPS[1:])
+        seen["afterwards"] = run_steps(engine, steps=STEPS[1:])
 
         # Evaluation in between changes nothing and counts what is there.
         for zero in (1, 3):
             engine = build(world, plan=alike(2, zero))  # type: ignore[arg-type]
-            run_steps(engine, STEPS[:1])
-            seen[f"evaluated {zero}"] = engine.evaluate(iter([*mine, [microbatch(9, 0, supervised=0.0)]]))
-            seen[f"resumed {zero}"] = run_steps(engine, STEPS[1:])
+            run_steps(engine, steps=STEPS[:1])
+            seen[f"evaluated {zero}"] = engine.evaluate(
+                share(packs) for packs in [*STEPS, [microbatch(9, 0, supervised=0.0), microbatch(8, 0, supervised=0.0)]]
+            )
+            seen[f"resumed {zero}"] = run_steps(engine, steps=STEPS[1:])
 
         # bfloat16: what the rotary angles are made of, and what stays wide.
         angles, received = decoder_module.rotary_angles, []
@@ -213,15 +218,15 @@ def events() -> dict[str, Any]:
             for zero in (1, 3):
                 engine = build(world, plan=alike(2, zero), precision="bfloat16")  # type: ignore[arg-type]
                 seen[f"bfloat16 {zero}"] = run_steps(engine)
-                engine.evaluate([mine[0]])
-                seen[f"masters {zero}"] = {w.dtype for _, w in engine.named_full_tensors()}
+                engine.evaluate([share(STEPS[0])])
+                seen[f"masters {zero}"] = {w.dtype for _, w in engine.named_full_tensors(everywhere=True)}
         finally:
             decoder_module.rotary_angles = angles
         seen["positions"] = set(received)
 
         # Nothing to learn at all.
         try:
-            engine.train_step([microbatch(1, 1, supervised=0.0)], 0.0)
+            engine.train_step(share([microbatch(1, 1, supervised=0.0), microbatch(2, 0, supervised=0.0)]), 0.0)
         except ValueError as error:
             seen["no target"] = str(error)
         return seen
@@ -293,7 +298,7 @@ def test_settings_and_weights_that_do_not_fit_are_errors() -> None:
 
     everything, module, missing, unknown, shape = run_ranks(1, job)[0]
     assert "every parameter is frozen" in everything
-    assert "no module 'vision'; there are vit, projector and llm" in module
+    assert "no module 'vision'; there are: vit, projector, llm" in module
     assert f"1 weights are missing, such as {EMBEDDING}" in missing
     assert "weights hold 'extra.weight', which the model does not have" in unknown
     assert f"weight {EMBEDDING!r} has shape [3, 16], the model [37, 16]" in shape
@@ -304,8 +309,9 @@ def test_the_schedule_scales_every_group() -> None:
         engine = build(world)
         rates = []
         for step in range(3):
-            engine.train_step(STEPS[0], denominator(STEPS[0]), lr_factor(step, 3, OPTIM))
-            rates.append({group["name"]: group["lr"] for group in engine.optimizer.param_groups})
+            batch = share_out(STEPS[0], data_plan(1), 0, TOKENS_PER_TILE)
+            engine.train_step(batch, denominator(STEPS[0]), lr_factor(step, 3, OPTIM))
+            rates.append({group["name"]: group["lr"] for group in engine.state.optimizer.param_groups})
         return rates
 
     for step, rates in enumerate(run_ranks(1, job)[0]):

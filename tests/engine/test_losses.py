@@ -1,15 +1,23 @@
-"""Chunked weighted cross-entropy against its formula, unchunked, in value and gradient."""
+"""Chunked weighted cross-entropy against its formula, unchunked, in value and gradient; whole and split over ranks."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from evovlm.data.plan import LossWeighting, loss_weights
 from evovlm.engine.losses import IGNORE, Targets, weighted_cross_entropy
+from evovlm.parallel.collectives import part_bounds
+from evovlm.parallel.fork import run_ranks
+from evovlm.parallel.tensor import shard_tensors
+from evovlm.parallel.world import World
 
 CPU = torch.device("cpu")
 V, H = 11, 5
@@ -106,18 +114,98 @@ def test_narrow_inputs_give_a_float32_loss(chunk_rows: int) -> None:
     assert narrow.item() == pytest.approx(weighted_cross_entropy(hidden, head, targets).item(), rel=0.02)
 
 
+def test_the_heads_gradient_is_added_up_in_float32() -> None:
+    # Every row adds 0.5 to one row of the head's gradient: a bfloat16 sum would stop growing at 128.
+    head = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    targets = Targets.of(torch.zeros(1024, dtype=torch.int64), torch.ones(1024), CPU)
+    weighted_cross_entropy(torch.ones(1024, 1, dtype=torch.bfloat16), head, targets, chunk_rows=1).backward()
+    assert head.grad is not None
+    assert head.grad.tolist() == [[-512.0], [512.0]]
+
+
+@pytest.mark.parametrize("label", [-1, V])
+def test_a_label_outside_the_vocabulary_is_refused(label: int) -> None:
+    hidden, head, labels, weights = case(3, 6, 1.0)
+    labels[4] = label
+    with pytest.raises(RuntimeError, match=f"labels must be from 0 to {V - 1}"):
+        weighted_cross_entropy(hidden, head, Targets.of(labels, weights, CPU))
+
+
+class LargestLogits(TorchDispatchMode):
+    """Records the most rows of any tensor as wide as the vocabulary."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.ndim == 2 and out.shape[1] == V:
+            self.rows = max(self.rows, out.shape[0])
+        return out
+
+
 def test_logits_of_all_rows_never_exist_together() -> None:
     hidden, head, labels, weights = case(2, 40, 1.0)
     hidden.requires_grad_()
-    largest = 0
+    head.requires_grad_()
+    targets = Targets.of(labels, weights, CPU)
+    with LargestLogits() as whole:
+        weighted_cross_entropy(hidden, head, targets).backward()
+    with LargestLogits() as chunked:
+        weighted_cross_entropy(hidden, head, targets, chunk_rows=8).backward()
+    assert whole.rows == 40
+    assert chunked.rows == 8
 
-    def pack(tensor: Tensor) -> Tensor:
-        nonlocal largest
-        if tensor.ndim == 2 and tensor.shape[1] == V:
-            largest = max(largest, tensor.shape[0])
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = weighted_cross_entropy(hidden, head, Targets.of(labels, weights, CPU), chunk_rows=8)
-    assert largest == 0  # logits are not kept for backward at all
-    loss.backward()
+def split_and_whole(world: World, seed: int) -> None:
+    """Compare one drawn case, split over all ranks, with the formula: loss, gradients of hidden states and head."""
+    generator = torch.Generator().manual_seed(seed)
+    vocab, per_rank, chunk_rows = (int(torch.randint(1, high, (), generator=generator)) for high in (20, 6, 9))
+    rows = per_rank * world.size
+    hidden, head = (torch.randn(n, H, generator=generator, dtype=torch.float64) for n in (rows, vocab))
+    labels = torch.randint(0, vocab, (rows,), generator=generator)
+    labels[torch.rand(rows, generator=generator) < (0.0, 0.4, 1.0)[seed % 3]] = IGNORE
+    weights = torch.rand(rows, generator=generator)
+    whole_hidden, whole_head = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    expected = stated(whole_hidden, whole_head, labels, weights) + whole_head.sum() * 0
+    (expected * 3).backward()
+    assert whole_hidden.grad is not None
+    assert whole_head.grad is not None
+
+    mesh = DeviceMesh("cpu", torch.arange(world.size))
+    model = torch.nn.ModuleDict({"head": torch.nn.Linear(H, vocab, bias=False, dtype=torch.float64)})
+    model["head"].weight.data = head
+    shard_tensors(model, {"head": "head"}, mesh)
+    own = slice(world.rank * per_rank, (world.rank + 1) * per_rank)
+    part = hidden[own].clone().requires_grad_()
+    targets = Targets.of(labels, weights, CPU)
+    loss = weighted_cross_entropy(part, model["head"].weight, targets, group=mesh.get_group(), chunk_rows=chunk_rows)
+    (loss * 3).backward()
+    bounds = part_bounds(vocab, world.size)
+    ours = (loss, part.grad, model["head"].weight.grad.to_local())
+    whole = (expected, whole_hidden.grad[own], whole_head.grad[bounds[world.rank] : bounds[world.rank + 1]])
+    for got, wanted in zip(ours, whole, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10, msg=lambda text: f"seed {seed}: {text}")
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_split_vocabulary_and_rows_equal_the_formula(size: int) -> None:
+    def job(world: World) -> list[float]:
+        for seed in range(40):
+            split_and_whole(world, seed)
+        mesh = DeviceMesh("cpu", torch.arange(size))
+        hidden, head, labels, weights = case(0, 6, 1.0)
+        with pytest.raises(ValueError, match=r"output head \[11, 5\] must be split .* but is a plain tensor"):
+            weighted_cross_entropy(hidden, head, Targets.of(labels, weights, CPU), group=mesh.get_group())
+        return [
+            weighted_cross_entropy(
+                torch.full((3, H), 30.0 * sign),  # logits of ±150: the exponentials need the maximum of all ranks
+                DTensor.from_local(torch.full((2, H), float(world.rank)), mesh, (Shard(0),), run_check=False),
+                Targets(torch.tensor([0]), torch.tensor([0]), torch.ones(1)),
+                group=mesh.get_group(),
+            ).item()
+            for sign in (1, -1)
+        ]
+
+    for large, small in run_ranks(size, job):
+        assert large == pytest.approx(150.0 * (size - 1) + math.log(2))
+        assert small == pytest.approx(math.log(2))

@@ -18,6 +18,7 @@ from evovlm.engine.settings import ModelSettings
 from evovlm.models.config import DecoderConfig, InternVLConfig
 from evovlm.models.hf.files import write_json
 from evovlm.models.hf.names import EMBEDDING, LM_HEAD, model_shapes
+from evovlm.models.hf.qkv import by_part
 from evovlm.models.hf.save import save_pretrained
 from evovlm.models.hf.write_config import write_decoder, write_vision
 from evovlm.models.init import initial_value
@@ -50,7 +51,11 @@ def parts(base_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
         (llm, "language_model.", write_decoder(decoder, "internvl", None, None)),
     ):
         write_json(folder / "config.json", content)
-        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        own = {
+            name.removeprefix(prefix): by_part(name, value, config.vision.num_heads)
+            for name, value in weights.items()
+            if name.startswith(prefix)
+        }
         save_file(own, folder / "model.safetensors", metadata={"format": "pt"})
     (llm / "tokenizer.json").write_bytes((base_tokenizer_dir / "tokenizer.json").read_bytes())
     return vit, llm, weights

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from evovlm.engine.recompute import Recompute, apply_recompute
 from evovlm.models.internvl import InternVL
-from evovlm.models.sharding import CHECKPOINTED_BLOCKS
+from evovlm.models.sharding import INTERNVL
 
 from .support import STEPS, plain_loss, plain_model
 
@@ -14,10 +14,15 @@ BATCH = STEPS[0][3]
 MODES: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
+def recompute(model: InternVL, modes: dict[str, Recompute]) -> None:
+    for module, mode in modes.items():
+        apply_recompute(model.get_submodule(INTERNVL.roots[module]), INTERNVL.blocks[module], mode)
+
+
 def run(modes: dict[str, Recompute]) -> tuple[float, dict[str, Tensor], int]:
     """Loss, gradients, and the bytes that autograd keeps between forward and backward, weights left out."""
     model = plain_model().train()  # drop path on: what is recomputed must drop the same
-    apply_recompute(model, CHECKPOINTED_BLOCKS, modes)
+    recompute(model, modes)
     weights = {p.data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -63,7 +68,7 @@ def count_products(mode: Recompute) -> int:
             return func(*args, **(kwargs or {}))
 
     model = plain_model().train()
-    apply_recompute(model, CHECKPOINTED_BLOCKS, {"vit": mode, "llm": mode})
+    recompute(model, {"vit": mode, "llm": mode})
     loss = plain_loss(model, BATCH)
     with Products() as products:
         loss.backward()
@@ -80,10 +85,10 @@ def test_selective_recomputes_no_matrix_product_and_full_all() -> None:
 
 def test_names_of_parameters_do_not_change() -> None:
     model = plain_model()
-    apply_recompute(model, CHECKPOINTED_BLOCKS, {"vit": "full", "llm": "selective"})
+    recompute(model, {"vit": "full", "llm": "selective"})
     assert list(model.state_dict()) == list(plain_model().state_dict())
 
 
 def test_a_block_that_is_not_there_is_an_error() -> None:
     with pytest.raises(ValueError, match="no module matches 'blocks"):
-        apply_recompute(InternVL(plain_model().config), {"blocks.*": "vit"}, {"vit": "full"})
+        apply_recompute(plain_model().vision_model, "blocks.*", "full")

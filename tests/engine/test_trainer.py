@@ -26,7 +26,7 @@ from evovlm.models.internvl import InternVL
 from evovlm.parallel.fork import run_ranks
 from evovlm.parallel.world import World
 
-from .support import plain_loss
+from .support import plain_loss, whole_packs
 
 MakeSettings = Callable[..., RunSettings]
 STEPS = 6
@@ -166,7 +166,12 @@ def test_a_run_records_every_step_and_its_validation(story: dict[str, Any], runs
         assert line["tokens"] > line["visual_tokens"] >= 0
     assert steps[0]["lr"] == pytest.approx(3e-3 / 3)
     text = (runs / "whole" / "log.txt").read_text()
-    for part in ("shapes (multimodal)", "text (language)", "6 steps of 4 packs = 2 ranks × 2", "exported to"):
+    for part in (
+        "shapes (multimodal)",
+        "text (language)",
+        "6 steps of 4 packs = 2 data-parallel ranks × 2",
+        "exported to",
+    ):
         assert part in text
 
 
@@ -238,7 +243,8 @@ def test_a_run_is_a_plain_loop_over_its_plan(story: dict[str, Any], runs: Path, 
     groups = [{"params": decaying, "weight_decay": settings.optim.weight_decay}, {"params": others, "weight_decay": 0}]
     adam = torch.optim.AdamW(groups, lr=1.0, betas=settings.optim.betas, eps=settings.optim.eps, foreach=False)
     lines = [line for line in numbers(runs / "float64") if "loss" in line]
-    for (plan, batches), line in zip(open_data(settings, source, ALONE).train_loader().steps(0, 3), lines, strict=True):
+    for (plan, step), line in zip(open_data(settings, source, ALONE).train_loader().steps(0, 3), lines, strict=True):
+        batches = whole_packs(step)
         total = sum((plain_loss(model, batch) for batch in batches), torch.zeros((), dtype=torch.float64))
         weight = sum(float(batch.weights.double().sum()) for batch in batches)
         assert plan.loss_denominator == pytest.approx(weight, rel=1e-6)
@@ -260,7 +266,8 @@ def test_the_validation_loss_is_the_mean_over_the_held_out_index(
     data = open_data(settings, open_source(settings.model, settings.seed), ALONE)
     model, loss, weight, samples = load_model(runs / "whole"), 0.0, 0.0, 0
     with torch.no_grad():
-        for plan, (batch,) in data.validation_loader():
+        for plan, step in data.validation_loader():
+            (batch,) = whole_packs(step)
             loss += float(plain_loss(model, batch))
             weight += float(batch.weights.sum())
             samples += plan.num_samples

@@ -102,6 +102,23 @@ def random_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, T
     return weights
 
 
+def as_published(weights: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]:
+    """Our weights with the rows of q, k, v projections in the published order, found one by one."""
+    published = dict(weights)
+    for name, tensor in weights.items():
+        if ".attn.qkv." in name:
+            dim = len(tensor) // (3 * num_heads)
+            published[name] = torch.stack(
+                [
+                    tensor[head * 3 * dim + part * dim + row]
+                    for part in range(3)
+                    for head in range(num_heads)
+                    for row in range(dim)
+                ]
+            )
+    return published
+
+
 def random_model(config: InternVLConfig, seed: int = 0) -> InternVL:
     """Our model with random weights, in evaluation mode."""
     model = InternVL(config)
@@ -118,7 +135,7 @@ def transformers_twin(config: InternVLConfig, model: InternVL, image_token: int)
     written = write_model(config, "transformers", dtype=torch.float32, image_token=image_token, eos=1, bos=None)
     twin = InternVLForConditionalGeneration(TheirConfig.from_dict(json.loads(json.dumps(written)))).eval()
     ours: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in as_published(model.state_dict(), config.vision.num_heads).items():
         names = published_names(name, "transformers")
         ours |= dict(zip(names, tensor.chunk(len(names)), strict=True))
     theirs = twin.state_dict()

@@ -1,11 +1,13 @@
-"""The decoder: packed segments equal segments alone, positions reach the rotation, heads tie."""
+"""The decoder: packed segments equal segments alone, positions reach the rotation, visual tokens their rows; ties."""
 
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -32,13 +34,17 @@ def packed(lengths: list[int], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return tokens, positions, torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
+def logits(decoder: Decoder, tokens: Tensor, positions: Tensor, borders: Tensor) -> Tensor:
+    return decoder(tokens, positions, PackedAttend(borders), head=F.linear)
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=5), st.integers(0, 100))
 def test_a_pack_equals_its_segments(decoder: Decoder, lengths: list[int], seed: int) -> None:
     tokens, positions, borders = packed(lengths, seed)
-    together = decoder(tokens, positions, borders)
+    together = logits(decoder, tokens, positions, borders)
     alone = [
-        decoder(tokens[a:b], positions[a:b], torch.tensor([0, b - a], dtype=torch.int32))
+        logits(decoder, tokens[a:b], positions[a:b], torch.tensor([0, b - a], dtype=torch.int32))
         for a, b in pairwise(borders.tolist())
     ]
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-12)
@@ -59,11 +65,71 @@ def test_attention_is_an_argument(decoder: Decoder) -> None:
     assert calls == [0, 1]
 
 
+def test_hidden_states_may_stand_in_place_of_ids(decoder: Decoder) -> None:
+    tokens, positions, borders = packed([4, 6])
+    attend = PackedAttend(borders)
+    hidden = decoder(tokens, positions, attend)
+    assert hidden.shape == (10, 16)
+    assert torch.equal(decoder(decoder.model.embed_tokens(tokens), positions, attend), hidden)
+    assert torch.equal(decoder(tokens.int(), positions, attend), hidden)
+
+
+def test_the_head_gets_hidden_states_and_its_weight(decoder: Decoder) -> None:
+    tokens, positions, borders = packed([4, 6])
+    attend = PackedAttend(borders)
+
+    def head(hidden: Tensor, weight: Tensor) -> Tensor:
+        assert weight is decoder.lm_head.weight
+        return hidden.flip(0)
+
+    assert torch.equal(decoder(tokens, positions, attend, head=head), decoder(tokens, positions, attend).flip(0))
+
+
+@given(st.sets(st.integers(0, 9)), st.randoms(use_true_random=False))
+def test_visual_tokens_replace_the_embeddings_of_their_rows(decoder: Decoder, chosen: set[int], random: Any) -> None:
+    tokens, positions, borders = packed([4, 6])
+    rows = random.sample(sorted(chosen), len(chosen))  # in any order
+    values = torch.randn(len(rows), 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    embeddings = decoder.model.embed_tokens(tokens).detach().clone()
+    for row, value in zip(rows, values, strict=True):
+        embeddings[row] = value
+    visual = (torch.tensor(rows, dtype=torch.int64), values)
+    got = decoder(tokens, positions, PackedAttend(borders), visual=visual)
+    assert torch.equal(got, decoder(embeddings, positions, PackedAttend(borders)))
+    changed = tokens.clone()
+    changed[rows] = 0  # ids at visual rows do not matter
+    assert torch.equal(decoder(changed, positions, PackedAttend(borders), visual=visual), got)
+
+
+@pytest.mark.parametrize("rows", [[], [7, 2]])
+def test_gradients_go_to_visual_tokens_in_place_of_embeddings(decoder: Decoder, rows: list[int]) -> None:
+    tokens, positions, borders = packed([10])
+    tokens = torch.arange(10)  # every row has an embedding of its own
+    values = torch.randn(len(rows), 16, dtype=torch.float64, requires_grad=True)
+    visual = (torch.tensor(rows, dtype=torch.int64), values)
+    out = decoder(tokens, positions, PackedAttend(borders), visual=visual).square().sum()
+    of_values, of_table = torch.autograd.grad(out, (values, decoder.model.embed_tokens.weight))
+    assert of_values.shape == values.shape  # zeros of no rows, not None: the graph reaches the encoder
+    assert (of_values != 0).all()
+    used = [row for row in range(10) if row not in rows]
+    assert of_table.abs().sum(1).nonzero().flatten().tolist() == used
+
+
+def test_visual_tokens_take_the_dtype_of_the_embeddings(small_config: InternVLConfig, make_model: MakeModel) -> None:
+    narrow = make_model(small_config).language_model.bfloat16()
+    tokens, positions, borders = packed([6])
+    values = torch.randn(2, 16, requires_grad=True)
+    visual = (torch.tensor([1, 4]), values)
+    out = narrow(tokens, positions.float(), PackedAttend(borders), visual=visual)
+    assert out.dtype == torch.bfloat16
+    assert torch.autograd.grad(out.sum(), values)[0].dtype == torch.float32
+
+
 def test_future_tokens_are_not_seen(decoder: Decoder) -> None:
     tokens, positions, borders = packed([8])
     changed = tokens.clone()
     changed[5] = (changed[5] + 1) % 40
-    before, after = decoder(tokens, positions, borders), decoder(changed, positions, borders)
+    before, after = (logits(decoder, ids, positions, borders) for ids in (tokens, changed))
     assert torch.equal(before[:5], after[:5])
     assert not torch.allclose(before[5:], after[5:])
 
@@ -71,10 +137,10 @@ def test_future_tokens_are_not_seen(decoder: Decoder) -> None:
 def test_stride_one_gives_the_logits_of_ordinary_positions(decoder: Decoder) -> None:
     tokens, _, borders = packed([20])
     runs = [(3, 8), (13, 4)]
-    ordinary = decoder(tokens, torch.arange(20, dtype=torch.float32), borders)
+    ordinary = logits(decoder, tokens, torch.arange(20, dtype=torch.float32), borders)
 
     def at_stride(delta: float) -> Tensor:
-        return decoder(tokens, torch.from_numpy(segment_positions(20, runs, [delta, delta])), borders)
+        return logits(decoder, tokens, torch.from_numpy(segment_positions(20, runs, [delta, delta])), borders)
 
     assert torch.equal(at_stride(1.0), ordinary)
     assert not torch.allclose(at_stride(0.25)[4:], ordinary[4:])
@@ -95,7 +161,7 @@ def test_positions_stay_float32_in_a_bfloat16_model(
     narrow = make_model(small_config).language_model.bfloat16()
     tokens, _, borders = packed([300])
     positions = torch.from_numpy(segment_positions(300, [(20, 256)], [1 / 256]))
-    assert narrow(tokens, positions, borders).dtype == torch.bfloat16
+    assert narrow(tokens, positions, PackedAttend(borders)).dtype == torch.bfloat16
     assert [p.dtype for p in seen] == [torch.float32]
     assert torch.equal(seen[0], positions)
     assert len(positions.unique()) == 300  # bfloat16 would hold about a tenth of them

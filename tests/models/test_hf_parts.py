@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional
 
 from evovlm.models.config import DecoderConfig, VisionConfig
-from evovlm.models.decoder import Decoder
+from evovlm.models.decoder import Decoder, PackedAttend
 from evovlm.models.hf import (
     CheckpointError,
     ConfigError,
@@ -30,7 +31,7 @@ from evovlm.models.hf.write_config import write_decoder, write_vision
 from evovlm.models.table import TINY
 from evovlm.models.vit import InternViT
 
-from .hf_support import decoder_configs, random_weights, vision_configs
+from .hf_support import as_published, decoder_configs, random_weights, vision_configs
 
 
 def as_json(value: object) -> Any:
@@ -52,7 +53,8 @@ def assert_same(loaded: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_vit_of_opengvlab(config: VisionConfig, seed: int) -> None:
     weights = random_weights(vision_shapes(config), seed)
     with TemporaryDirectory() as tmp:
-        save_file(bare(weights, "vision_model."), Path(tmp, "model.safetensors"))
+        published = as_published(weights, config.num_heads)
+        save_file(bare(published, "vision_model."), Path(tmp, "model.safetensors"))
         Path(tmp, "config.json").write_text(json.dumps(write_vision(config, "internvl")))
         assert detect(tmp) == "vision"
         read, stream = read_vision_dir(tmp)
@@ -69,7 +71,7 @@ def test_vit_of_transformers(config: VisionConfig, shard: str, seed: int) -> Non
     weights = random_weights(vision_shapes(config), seed)
     twin = InternVLVisionModel(InternVLVisionConfig.from_dict(as_json(write_vision(config, "transformers")))).eval()
     theirs: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
+    for name, tensor in as_published(weights, config.num_heads).items():
         names = published_names(name, "transformers")
         theirs |= dict(zip(names, tensor.chunk(len(names)), strict=True))
     twin.load_state_dict(bare(theirs, "vision_tower."))
@@ -102,7 +104,8 @@ def test_language_model_of_transformers(config: DecoderConfig, shard: str, seed:
     model = Decoder(config).eval()
     model.load_state_dict(bare(weights, "language_model."), strict=not config.tie_embeddings)
     with torch.no_grad():
-        ours = model(tokens, torch.arange(12.0), torch.tensor([0, 12], dtype=torch.int32))
+        attend = PackedAttend(torch.tensor([0, 12], dtype=torch.int32))
+        ours = model(tokens, torch.arange(12.0), attend, head=functional.linear)
         torch.testing.assert_close(ours, twin.eval()(tokens[None]).logits[0], rtol=0, atol=1e-5)
     with TemporaryDirectory() as tmp:
         twin.save_pretrained(tmp, max_shard_size=shard)

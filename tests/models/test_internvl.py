@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from evovlm.models.config import InternVLConfig
+from evovlm.models.decoder import PackedAttend
 from evovlm.models.internvl import InternVL
 from evovlm.models.projector import pixel_shuffle
 
@@ -36,11 +38,14 @@ def inputs() -> dict[str, Tensor]:
 def test_visual_tokens_replace_embeddings_at_their_rows(model: InternVL, inputs: dict[str, Tensor]) -> None:
     visual = model.encode(inputs["tiles"])
     assert visual.shape == (12, 16)
-    embedded = model.embed(inputs["tokens"], visual, inputs["visual_rows"])
     text = model.language_model.model.embed_tokens(inputs["tokens"])
-    for row in range(T):
-        place = (inputs["visual_rows"] == row).nonzero().flatten().tolist()
-        assert torch.equal(embedded[row], visual[place[0]] if place else text[row])
+    places = [(inputs["visual_rows"] == row).nonzero().flatten().tolist() for row in range(T)]
+    embeddings = torch.stack([visual[place[0]] if place else text[row] for row, place in enumerate(places)])
+    attend = PackedAttend(inputs["cu_seqlens"])
+    hidden = model.language_model(embeddings, inputs["positions"], attend)
+    rows = (inputs["visual_rows"], visual)
+    assert torch.equal(model.decode(inputs["tokens"], inputs["positions"], attend, rows), hidden)
+    assert torch.equal(model(**inputs), F.linear(hidden, model.language_model.lm_head.weight))
 
 
 def test_visual_tokens_are_projected_patches_without_the_class_token(
@@ -53,6 +58,29 @@ def test_visual_tokens_are_projected_patches_without_the_class_token(
     torch.testing.assert_close(model.encode(tiles), expected, rtol=0, atol=1e-12)
 
 
+def test_encoding_is_seeing_and_projecting(model: InternVL, inputs: dict[str, Tensor]) -> None:
+    keys = torch.arange(3)
+    model.train()
+    features = model.see(inputs["tiles"], keys)
+    assert features.shape == (3, 4, 4 * 16)
+    assert torch.equal(model.project(features.flatten(0, 1)), model.encode(inputs["tiles"], keys))
+    assert not torch.equal(features, model.see(inputs["tiles"]))  # without keys nothing is dropped
+    model.eval()
+    # A token is projected by itself: features may be exchanged first, and in any order.
+    turned = features.flatten(0, 1).flip(0)
+    torch.testing.assert_close(model.project(turned), model.project(features).flatten(0, 1).flip(0))
+    nothing = model.see(torch.empty(0, 3, 8, 8, dtype=torch.float64))
+    assert (nothing.shape, model.project(nothing).shape) == ((0, 4, 64), (0, 4, 16))
+
+
+def test_decoding_text_needs_no_visual_tokens(model: InternVL, inputs: dict[str, Tensor]) -> None:
+    attend = PackedAttend(inputs["cu_seqlens"])
+    none = (torch.empty(0, dtype=torch.int64), torch.empty(0, 16, dtype=torch.float64))
+    text = model.decode(inputs["tokens"], inputs["positions"], attend)
+    assert text.shape == (T, 16)
+    assert torch.equal(model.decode(inputs["tokens"], inputs["positions"], attend, none), text)
+
+
 def test_ids_at_visual_rows_do_not_matter(model: InternVL, inputs: dict[str, Tensor]) -> None:
     logits = model(**inputs)
     assert logits.shape == (T, 40)
@@ -62,7 +90,7 @@ def test_ids_at_visual_rows_do_not_matter(model: InternVL, inputs: dict[str, Ten
 
 
 def test_the_head_gets_hidden_states_and_its_weight(model: InternVL, inputs: dict[str, Tensor]) -> None:
-    assert torch.equal(model(**inputs, head=torch.nn.functional.linear), model(**inputs))
+    assert torch.equal(model(**inputs, head=F.linear), model(**inputs))
     shapes = model(**inputs, head=lambda hidden, weight: torch.tensor([*hidden.shape, *weight.shape]))
     assert shapes.tolist() == [T, 16, 40, 16]
 
@@ -81,7 +109,8 @@ def test_gradients_reach_every_module(model: InternVL, inputs: dict[str, Tensor]
 def test_a_pack_of_text_gives_the_vit_zero_gradients_not_none(model: InternVL, inputs: dict[str, Tensor]) -> None:
     nothing = {"tiles": torch.empty(0, 3, 8, 8, dtype=torch.float64), "visual_rows": torch.empty(0, dtype=torch.int64)}
     logits = model(**(inputs | nothing))
-    text = model.language_model(inputs["tokens"], inputs["positions"], inputs["cu_seqlens"])
+    attend = PackedAttend(inputs["cu_seqlens"])
+    text = model.language_model(inputs["tokens"], inputs["positions"], attend, head=F.linear)
     assert torch.equal(logits, text)
     vision = [p for name, p in model.named_parameters() if not name.startswith("language_model.")]
     gradients = torch.autograd.grad(logits.square().sum(), vision)

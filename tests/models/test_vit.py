@@ -13,7 +13,7 @@ from torch import Tensor
 from evovlm.csrc import random
 from evovlm.models.config import InternVLConfig, VisionConfig
 from evovlm.models.internvl import InternVL
-from evovlm.models.vit import InternViT, VisionEmbeddings, VisionLayer
+from evovlm.models.vit import InternViT, VisionAttention, VisionEmbeddings, VisionLayer
 
 MakeModel = Callable[[InternVLConfig], InternVL]
 
@@ -146,7 +146,8 @@ def test_query_and_key_norms_cover_all_heads_together(small_config: InternVLConf
     vision = replace(small_config.vision, norm="rms_norm", qkv_bias=False, qk_norm=True)
     attention = make_model(replace(small_config, vision=vision)).vision_model.encoder.layers[0].attn
     x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    q, k, v = (attention.qkv.weight[16 * i : 16 * (i + 1)] for i in range(3))
+    # Rows are ordered [2 heads, q | k | v, 8]; a norm takes those of both heads.
+    q, k, v = (attention.qkv.weight.reshape(2, 3, 8, 16)[:, i].reshape(16, 16) for i in range(3))
 
     def normed(y: Tensor, weight: Tensor) -> Tensor:
         return y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight  # over 16 channels, not over 8
@@ -158,6 +159,26 @@ def test_query_and_key_norms_cover_all_heads_together(small_config: InternVLConf
         heads.append(weights @ values[..., head])
     expected = torch.cat(heads, dim=-1) @ attention.proj.weight.T + attention.proj.bias
     torch.testing.assert_close(attention(x), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("heads", [slice(0, 1), slice(1, 4), slice(0, 4)])
+def test_rows_of_some_heads_are_attention_of_their_own(heads: slice) -> None:
+    """What tensor parallelism rests on: heads are runs of the projection's rows, and their outputs add up."""
+    config = VisionConfig(hidden_size=12, num_layers=1, num_heads=4, ffn_size=4, tile_size=8, patch_size=2)
+    attention = VisionAttention(config).double()
+    x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    expected = torch.zeros_like(x)
+    for head in range(4)[heads]:
+        rows = slice(9 * head, 9 * (head + 1))
+        q, k, v = (x @ attention.qkv.weight[rows].T + attention.qkv.bias[rows]).split(3, dim=-1)
+        out = (q @ k.transpose(1, 2) * 3**-0.5).softmax(-1) @ v
+        expected = expected + out @ attention.proj.weight[:, 3 * head : 3 * (head + 1)].T
+
+    part = VisionAttention(config).double()  # as large as those heads
+    rows, columns = slice(9 * heads.start, 9 * heads.stop), slice(3 * heads.start, 3 * heads.stop)
+    part.qkv.weight, part.qkv.bias = (torch.nn.Parameter(p[rows]) for p in (attention.qkv.weight, attention.qkv.bias))
+    part.proj.weight = torch.nn.Parameter(attention.proj.weight[:, columns])
+    torch.testing.assert_close(part(x), expected + part.proj.bias, rtol=0, atol=1e-12)
 
 
 def test_shapes_that_do_not_fit_are_errors() -> None:

@@ -2,7 +2,9 @@
 
 import multiprocessing
 import os
+import signal
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -42,14 +44,28 @@ def test_an_exception_carries_the_ranks_traceback() -> None:
     assert time.monotonic() - began < 30
 
 
-def test_a_rank_that_dies_is_reported() -> None:
+@pytest.mark.parametrize(
+    ("die", "how"),
+    [
+        (lambda: os._exit(7), "rank 1 died with exit code 7"),
+        (lambda: os._exit(0), "rank 1 died with exit code 0"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "rank 1 was killed by SIGKILL"),
+    ],
+)
+def test_a_rank_that_dies_is_named_and_ends_the_others(die: Callable[[], None], how: str) -> None:
     def job(world: World) -> None:
+        world.barrier()
         if world.rank == 1:
-            os._exit(7)
-        time.sleep(30)
+            die()
+        if world.rank == 2:
+            time.sleep(60)  # sees nothing
+        world.barrier()  # the others see a closed connection, before or after the parent sees the death
 
-    with pytest.raises(RankFailedError, match="rank 1 died with exit code 7"):
-        run_ranks(2, job, timeout=60)
+    began = time.monotonic()
+    with pytest.raises(RankFailedError, match=rf"^{how}$"):
+        run_ranks(3, job, timeout=60)
+    assert time.monotonic() - began < 10
+    assert not [child for child in multiprocessing.active_children() if child.name.startswith("ForkProcess")]
 
 
 def test_ranks_that_hang_are_ended_and_named() -> None:

@@ -1,0 +1,127 @@
+"""Microbatches of a real index: tokens, labels, weights and positions right in every row, and nothing else."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from evovlm.csrc import random
+from evovlm.data.batch import BatchSettings, V2PESettings, build_microbatch, run_deltas
+from evovlm.data.chat import expand
+from evovlm.data.index import Index
+from evovlm.data.plan import DataLayout, LossWeighting, Pack, loss_weights
+from evovlm.data.tokenizer import Tokenizer
+from evovlm.models.v2pe import DELTAS, segment_positions
+
+from .batch_support import SEED, TOKENS_PER_TILE, T, load_step, make_planner, segments
+
+
+def test_shapes_and_dtypes(index: Index, tokenizer: Tokenizer) -> None:
+    plan, batches = load_step(index, tokenizer, DataLayout(2, 4))
+    for pack, batch in zip(plan.packs, batches, strict=True):
+        n = pack.num_tiles
+        assert {
+            name: (value.dtype, tuple(value.shape)) for name, value in vars(batch).items() if name != "cu_seqlens"
+        } == {
+            "tokens": (torch.int64, (T,)),
+            "labels": (torch.int64, (T,)),
+            "weights": (torch.float32, (T,)),
+            "positions": (torch.float32, (T,)),
+            "visual_rows": (torch.int64, (n * TOKENS_PER_TILE,)),
+        }
+
+
+def test_rows_of_every_segment(index: Index, tokenizer: Tokenizer) -> None:
+    """Tokens, borders and padding; every supervised token is a label once, in the row before it, and nowhere else."""
+    for step in range(3):
+        plan, batches = load_step(index, tokenizer, DataLayout(4, 2), step)
+        for pack, batch in zip(plan.packs, batches, strict=True):
+            lengths = index.samples["num_tokens"][pack.samples]
+            ends = np.concatenate([[0], np.cumsum(lengths)]).tolist()
+            assert batch.cu_seqlens.tolist() == ends + ([T] if ends[-1] < T else [])
+            for sample, _, begin, end in segments(pack, batch):
+                refs = index.image_refs(sample)
+                ids, supervised = expand(
+                    *index.tokens(sample),
+                    [ref.insert_at for ref in refs],
+                    [ref.num_tiles * TOKENS_PER_TILE for ref in refs],
+                    tokenizer.image_context,
+                )
+                assert batch.tokens[begin:end].tolist() == ids.tolist()
+                labels = batch.labels[begin:end].tolist()
+                assert labels[-1] == -100  # the next token belongs to another sample
+                expected = [int(i) if s else -100 for i, s in zip(ids[1:], supervised[1:], strict=True)]
+                assert labels[:-1] == expected
+            assert (batch.tokens[ends[-1] :] == tokenizer.end_of_text).all()
+            assert (batch.labels[ends[-1] :] == -100).all()
+            assert int((batch.labels != -100).sum()) == pack.num_supervised
+            assert ((batch.weights > 0) == (batch.labels != -100)).all()
+
+
+def test_visual_rows_are_those_of_image_context(index: Index, tokenizer: Tokenizer) -> None:
+    plan, batches = load_step(index, tokenizer, DataLayout(2, 4))
+    assert plan.num_tiles > 0
+    for batch in batches:
+        visual = batch.tokens == tokenizer.image_context
+        assert batch.visual_rows.tolist() == visual.nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("weighting", ["token", "sample", "square"])
+def test_weights_sum_to_the_denominator(index: Index, tokenizer: Tokenizer, weighting: LossWeighting) -> None:
+    planner = make_planner(index, loss_weighting=weighting)
+    for layout in (DataLayout(1, 8), DataLayout(4, 2)):
+        plan, batches = load_step(index, tokenizer, layout, 1, planner)
+        total = sum(batch.weights.double().sum().item() for batch in batches)
+        assert total == pytest.approx(plan.loss_denominator, rel=1e-6)
+        for pack, batch in zip(plan.packs, batches, strict=True):
+            for sample, _, begin, end in segments(pack, batch):
+                n = int(index.samples["num_supervised"][sample])
+                weights = batch.weights[begin:end]
+                each = {"token": 1.0, "sample": 1 / n, "square": n**-0.5}[weighting]
+                assert weights[weights > 0].tolist() == pytest.approx([each] * n)
+                assert each == pytest.approx(float(loss_weights(n, weighting)))
+
+
+def test_positions_follow_v2pe(index: Index, tokenizer: Tokenizer) -> None:
+    drawn: Counter[float] = Counter()
+    for v2pe in (V2PESettings(), V2PESettings(mode="fixed", delta=0.125), V2PESettings(mode="random")):
+        plan, batches = load_step(index, tokenizer, DataLayout(2, 4), v2pe=v2pe)
+        for pack, batch in zip(plan.packs, batches, strict=True):
+            for sample, visit, begin, end in segments(pack, batch):
+                runs, shift = [], 0
+                for ref in index.image_refs(sample):
+                    runs.append((ref.insert_at + shift, ref.num_tiles * TOKENS_PER_TILE))
+                    shift += runs[-1][1]
+                if v2pe.mode == "random":
+                    keys = [random.key("v2pe", SEED, sample, visit, image) for image in range(len(runs))]
+                    deltas = [DELTAS[int(random.choice_index(np.array(k, np.uint64), 9))] for k in keys]
+                    drawn.update(deltas)
+                else:
+                    deltas = [1.0 if v2pe.mode == "off" else 0.125] * len(runs)
+                positions = batch.positions[begin:end]
+                assert positions.tolist() == segment_positions(end - begin, runs, deltas).tolist()
+                if v2pe.mode == "off":
+                    assert positions.tolist() == list(range(end - begin))
+            padding = batch.positions[pack.num_tokens :]
+            assert padding.tolist() == list(range(len(padding)))
+    assert len(drawn) >= 5
+
+
+def test_random_strides_differ_between_visits_and_images() -> None:
+    deltas = [run_deltas(V2PESettings(mode="random"), 0, 5, visit, 200) for visit in range(2)]
+    assert set(deltas[0]) == set(DELTAS)
+    assert deltas[0] != deltas[1]
+
+
+def test_an_index_that_does_not_fit_its_tokens_is_an_error(index: Index, tokenizer: Tokenizer) -> None:
+    broken = Index.open(index.path)
+    broken.samples = broken.samples.copy()
+    broken.samples["num_supervised"][3] += 1
+    pack = Pack(np.array([3]), np.array([0]), 0, 0, 0)
+    s = BatchSettings(SEED, T, "square", tokenizer.image_context, tokenizer.end_of_text, V2PESettings(), True)
+    with pytest.raises(ValueError, match=r"sample 'text/4' has (\d+) targets, but the index says"):
+        build_microbatch(broken, pack, s)
+    long = Pack(np.arange(20), np.zeros(20, np.int64), 0, 0, 0)
+    with pytest.raises(ValueError, match=r"sample 'text/\d+' ends at token \d+ of a pack of 256"):
+        build_microbatch(index, long, s)
