@@ -23,7 +23,7 @@ PACKAGE_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp 
 export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install install-dev quickstart test lint types imports pytest test-gpu bench docs format links clean distclean
+.PHONY: help install install-dev quickstart verify test lint types imports pytest test-gpu bench docs format links clean distclean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -54,6 +54,10 @@ pytest: install-dev  ## The tests; PYTEST_ARGS="-k packing -x" for some of them
 test-gpu: install-dev  ## The tests that need a CUDA device
 	$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch sees no CUDA device")'
 	$(BIN)/pytest -m gpu $(PYTEST_ARGS)
+
+verify: install  ## Compare every layout with one process, in float64 and float32 (some minutes)
+	$(BIN)/evovlm verify --json build/verify-float64.json
+	$(BIN)/evovlm verify --precision float32 --json build/verify-float32.json
 
 bench: install  ## Measure this machine; results in build/bench.json
 	$(BIN)/python -m evovlm.launch.bench --out build/bench.json $(BENCH_ARGS)

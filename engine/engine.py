@@ -123,7 +123,6 @@ class Engine:
         weights: NamedTensors,
         options: EngineOptions | None = None,
         tables: ModelTables = INTERNVL,
-        hidden_size: int | None = None,
     ) -> "Engine":
         """Build a model straight into its sharded form: no rank ever holds it whole. Collective.
 
@@ -135,7 +134,6 @@ class Engine:
             weights: Every parameter, by name, in any order; consumed as a stream, the same on each rank.
             options: How to run.
             tables: How the model is sharded.
-            hidden_size: H, width of the decoder; None: the columns of its embedding.
 
         Raises:
             ValueError: The plan is for another number of ranks; a weight is missing, unknown or of another shape; a
@@ -163,7 +161,7 @@ class Engine:
         if parts.encoder:
             activations = options.encoder_activations
             vision = Vision(parts, plan, world, encode_tiles=options.encode_tiles, activations=activations)
-        language = Language(parts.stages, hidden_size or parts.hidden_size, dtypes.compute, options.schedule, world.device)
+        language = Language(parts.stages, parts.hidden_size, dtypes.compute, options.schedule, world.device)
         return cls(parts, LocalState(parts, optim), language, vision, world, optim.clip_norm)
 
     def train_step(self, batch: StepBatch, loss_denominator: float, lr_factor: float = 1.0) -> StepResult:
@@ -178,7 +176,18 @@ class Engine:
             ValueError: W is not positive: no sample of the step has a target.
             FloatingPointError: Loss or gradient norm is not finite; the weights are untouched.
         """
-        loss = self.backward(batch, loss_denominator)
+        return self.apply(self.backward(batch, loss_denominator), lr_factor)
+
+    def apply(self, loss: float, lr_factor: float = 1.0) -> StepResult:
+        """Clip the gradients that :meth:`backward` has left, and take the optimizer step. Collective.
+
+        Args:
+            loss: What :meth:`backward` returned.
+            lr_factor: Factor on every group's base learning rate.
+
+        Raises:
+            FloatingPointError: Loss or gradient norm is not finite; the weights are untouched.
+        """
         norm = self.state.gradient_norm(self.world.device)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.state.zero_gradients()

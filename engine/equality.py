@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evovlm.data.share_out import WholePack, share_out
-from evovlm.engine.engine import Engine, EngineOptions
+from evovlm.engine.engine import Engine, EngineOptions, StepResult
 from evovlm.engine.settings import DTYPES, OptimSettings, Precision
 from evovlm.models.config import DecoderConfig, InternVLConfig, VisionConfig
 from evovlm.models.hf.names import model_shapes
@@ -128,9 +128,9 @@ def make_pack(
     )
 
 
-def make_steps(config: InternVLConfig = SMALL, *, num_packs: int = 8, num_rows: int = 64) -> list[list[WholePack]]:
+def make_steps(config: InternVLConfig = SMALL, *, num_packs: int = 4, num_rows: int = 64) -> list[list[WholePack]]:
     """Three steps: images in some packs only, images nowhere, and one giant image beside a pack without targets."""
-    images = [(), (1, 2), (), (4,), (2, 1), (), (3, 3), (1,)]
+    images = [(), (1, 2), (), (4, 1), (2, 1), (), (3, 3), (1,)]
     borders = [[0, 41, 57, num_rows], [0, 30, 31, 60, num_rows], [0, num_rows - 1, num_rows]]
 
     def step(number: int, tiles: Sequence[Sequence[int]]) -> list[WholePack]:
@@ -219,16 +219,18 @@ def train_under(
         lambda: InternVL(config),
         plan,
         world,
-        hidden_size=config.decoder.hidden_size,
         optim=optim,
         weights=make_weights(config),
         options=options,
     )
     parts = [share_out(packs, plan, world.rank, config.tokens_per_tile) for packs in steps]
-    engine.backward(parts[0], denominator(steps[0]))
-    gradients = dict(engine.named_full_gradients())
-    engine.state.zero_gradients()
-    results = [engine.train_step(part, denominator(packs)) for part, packs in zip(parts, steps, strict=True)]
+    gradients: dict[str, Tensor] = {}
+    results: list[StepResult] = []
+    for part, packs in zip(parts, steps, strict=True):
+        loss = engine.backward(part, denominator(packs))
+        if not results:
+            gradients.update(engine.named_full_gradients())
+        results.append(engine.apply(loss))
     return Trained(
         losses=[result.loss for result in results],
         norms=[result.grad_norm for result in results],

@@ -29,6 +29,11 @@ class PlanCase:
     tied: bool = False
     reduced: bool = False
 
+    @property
+    def num_packs(self) -> int:
+        """Packs of a step: enough that every data-parallel rank fills its pipeline, and several on each."""
+        return max(4, self.plan.llm.dp * self.plan.llm.pp)
+
     def engine_options(self, **more: Any) -> EngineOptions:
         """Engine options; two tiles are encoded at a time, so that there are several chunks."""
         return EngineOptions(**({"encode_tiles": 2} | self.options | more))

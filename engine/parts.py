@@ -243,7 +243,7 @@ def _reset_buffers(root: nn.Module) -> None:
                 "itself: give its module, or one around it, a method reset_buffers()"
             )
     for module in able.values():
-        module.reset_buffers()  # type: ignore[operator]
+        module.reset_buffers()
 
 
 @torch.no_grad()

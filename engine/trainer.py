@@ -95,7 +95,6 @@ def build_engine(settings: RunSettings, source: ModelSource, world: World) -> En
         lambda: InternVL(source.config),
         chosen.plan(world.size),
         world,
-        hidden_size=source.config.decoder.hidden_size,
         optim=settings.optim,
         weights=source.weights,
         options=EngineOptions(

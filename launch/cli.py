@@ -273,6 +273,39 @@ def verify(
         raise typer.Exit(1)
 
 
+bench_app = typer.Typer(
+    help="Measure a part side by side with its alternatives; results as a table and, with --json, as a file.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(bench_app, name="bench")
+JsonFile = Annotated[Path | None, typer.Option("--json", help="JSON file to write, too.")]
+
+
+@bench_app.command("exchange")
+def bench_exchange(
+    json_file: JsonFile = None,
+    ranks: Annotated[int, typer.Option(min=2, help="Ranks to fork, a power of two.")] = 8,
+    repetitions: Annotated[int, typer.Option(min=1, help="How often each way is timed.")] = 5,
+) -> None:
+    """Bytes and times of the vision exchange, an all-gather, and two exchanges."""
+    from evovlm.launch import bench_exchange
+
+    bench_exchange.run(json_file, ranks, repetitions)
+
+
+@bench_app.command("overlap")
+def bench_overlap(
+    json_file: JsonFile = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Chrome trace to write.")] = None,
+    ranks: Annotated[int, typer.Option(min=2, help="Ranks to fork: 2 or 4.")] = 2,
+) -> None:
+    """How far the gathers of weights lie under computation, from a trace."""
+    from evovlm.launch import bench_overlap
+
+    bench_overlap.run(out, json_file, ranks)
+
+
 @app.command()
 def models() -> None:
     """List the model sizes."""

@@ -152,10 +152,10 @@ def process_group(
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     # Without a launcher the store is this process's own. With one, it is found as torch itself would.
-    store: dist.Store = dist.HashStore()  # type: ignore[attr-defined]  # documented, not in its stubs
+    store: Any = dist.HashStore()  # type: ignore[attr-defined]  # documented, not in its stubs
     roll_call = None
     if ranks.launched:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))  # type: ignore[attr-defined]
         store.set_timeout(timedelta(seconds=timeout))
         roll_call = RollCall(store, ranks.rank, ranks.world_size, patience=patience, end=_end_after)
     try:
@@ -163,14 +163,14 @@ def process_group(
             backend,
             rank=ranks.rank,
             world_size=ranks.world_size,
-            store=dist.PrefixStore("default_pg", store),
+            store=dist.PrefixStore("default_pg", store),  # type: ignore[attr-defined]
             timeout=timedelta(seconds=timeout),
         )
         yield World(ranks.rank, ranks.world_size, device)
         # Only after success: a rank that leaves the group early makes its peers fail first, with a lesser error.
         dist.barrier()
     except Exception as error:
-        cause = roll_call and roll_call.explain(error)
+        cause = None if roll_call is None else roll_call.explain(error)
         if cause is None:
             raise
         raise cause from error

@@ -13,10 +13,15 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
 _POLL = 0.05  # seconds between looks at who has answered
+
+
+Store = Any
+"""One of torch's key-value stores; its stubs lack half of what is documented."""
 
 
 class PeerFailedError(RuntimeError):
@@ -36,12 +41,12 @@ class RollCall:
     """
 
     def __init__(
-        self, store: dist.Store, rank: int, size: int, *, patience: float, end: Callable[[PeerFailedError], object]
+        self, store: Store, rank: int, size: int, *, patience: float, end: Callable[[PeerFailedError], object]
     ) -> None:
-        self._store = dist.PrefixStore("roll_call", store)
+        self._store: Store = dist.PrefixStore("roll_call", store)  # type: ignore[attr-defined]
         self._rank, self._size, self._patience, self._end = rank, size, patience, end
         self._store.set(f"node/{rank}", platform.node())
-        threading.Thread(target=self._listen, args=(self._store.clone(),), daemon=True).start()
+        threading.Thread(target=self._listen, daemon=True).start()
 
     def explain(self, error: Exception) -> PeerFailedError | None:
         """Tell the other ranks that this one has failed; say whether another rank is the cause.
@@ -67,7 +72,7 @@ class RollCall:
         except dist.DistError:
             return None
 
-    def _cause(self, store: dist.Store) -> PeerFailedError | None:
+    def _cause(self, store: Store) -> PeerFailedError | None:
         """Wait for all ranks' answers; name those that died, or the one that failed first if that is another."""
         deadline = time.monotonic() + self._patience
         keys = [f"here/{rank}" for rank in range(self._size)]
@@ -88,8 +93,9 @@ class RollCall:
         node, failure = _text(store, f"node/{first}"), _text(store, f"failed/{first}")
         return PeerFailedError(f"rank {first} ({node}) failed: {failure}")
 
-    def _listen(self, store: dist.Store) -> None:
+    def _listen(self) -> None:
         try:
+            store = self._store.clone()  # a connection of its own: one that waits blocks all others who use it
             store.wait(["alarm"], timedelta(days=365))
             store.set(f"here/{self._rank}", "")
             time.sleep(2 * self._patience)
@@ -100,5 +106,5 @@ class RollCall:
             self._end(cause)
 
 
-def _text(store: dist.Store, key: str) -> str:
-    return store.get(key).decode()
+def _text(store: Store, key: str) -> str:
+    return str(store.get(key).decode())

@@ -33,7 +33,7 @@ from evovlm.parallel.fork import RankFailedError, run_ranks
 from evovlm.parallel.world import World
 
 TOLERANCE: dict[str, float] = {"float64": 1e-10, "float32": 1e-5}
-NUM_PACKS, NUM_ROWS = 8, 64
+NUM_ROWS = 64
 Precision = Literal["float32", "float64"]
 
 
@@ -84,8 +84,10 @@ def recipe_case(settings: RunSettings, ranks: int) -> PlanCase:
     Raises:
         ValueError: The recipe's layouts do not fit that number of ranks, or the small model.
     """
-    check_layouts(settings, SMALL, ranks, pack_tokens=NUM_ROWS, packs_per_step=NUM_PACKS)
     chosen = settings.parallel
+    plan = chosen.plan(ranks)
+    packs = PlanCase("", plan).num_packs
+    check_layouts(settings, SMALL, ranks, pack_tokens=NUM_ROWS, packs_per_step=packs)
     options = {
         "schedule": chosen.schedule,
         "virtual_stages": chosen.virtual_stages,
@@ -94,21 +96,21 @@ def recipe_case(settings: RunSettings, ranks: int) -> PlanCase:
         "recompute": {"vit": settings.recompute.vit, "llm": settings.recompute.llm},
         "freeze": settings.model.freeze,
     }
-    return PlanCase("the recipe's own", chosen.plan(ranks), options)
+    return PlanCase("the recipe's own", plan, options)
 
 
 class References:
     """Trainings in one process, each made when it is first needed."""
 
     def __init__(self, precision: Precision) -> None:
-        self._precision, self._made = precision, dict[tuple[bool, tuple[str, ...]], Trained]()
+        self._precision, self._made = precision, dict[tuple[bool, int, tuple[str, ...]], Trained]()
 
     def of(self, case: PlanCase) -> Trained:
         """What a case is compared with."""
-        key = (case.tied, tuple(case.options.get("freeze", ())))
+        key = (case.tied, case.num_packs, tuple(case.options.get("freeze", ())))
         if key not in self._made:
-            config = tied() if case.tied else SMALL
-            self._made[key] = train_alone(config, make_steps(), freeze=key[1], precision=self._precision)
+            config, steps = (tied() if case.tied else SMALL), make_steps(num_packs=case.num_packs)
+            self._made[key] = train_alone(config, steps, freeze=key[2], precision=self._precision)
         return self._made[key]
 
 
@@ -140,8 +142,8 @@ def run_here(cases: Sequence[PlanCase], world: World, precision: Precision) -> I
 
 
 def _train(case: PlanCase, world: World, *, precision: Precision) -> Trained:
-    config = tied() if case.tied else SMALL
-    return train_under(case.plan, world, case.engine_options(precision=precision), config, make_steps())
+    config, steps = (tied() if case.tied else SMALL), make_steps(num_packs=case.num_packs)
+    return train_under(case.plan, world, case.engine_options(precision=precision), config, steps)
 
 
 def _verdict(

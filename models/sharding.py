@@ -24,7 +24,6 @@ class ModelTables:
         layers: Path of the LLM's list of layers.
         first: Paths that only the first pipeline stage holds.
         last: Paths that only the last one holds.
-        tied: Parameters of the last stage that are the same as one of the first: name there → name here.
     """
 
     roots: Mapping[str, str]
@@ -33,7 +32,6 @@ class ModelTables:
     layers: str = "model.layers"
     first: tuple[str, ...] = ("model.embed_tokens",)
     last: tuple[str, ...] = ("model.norm", "lm_head")
-    tied: Mapping[str, str] = field(default_factory=lambda: {"lm_head.weight": "model.embed_tokens.weight"})
 
     def module_of(self, parameter: str) -> str:
         """Name the module that a parameter belongs to.

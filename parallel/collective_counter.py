@@ -4,8 +4,8 @@
         engine.train_step(batch, weight)          operators of torch.ops.c10d, which this sees as they are called
     counter.seen[(0, 1), "all_gather", 6272]      between ranks 0 and 1: calls of 6,272 bytes
 
-``CommDebugMode`` of ``torch.distributed.tensor.debug`` counts calls alone, neither bytes nor groups, does not see sends,
-and fails where a module runs more than once.
+``CommDebugMode`` of ``torch.distributed.tensor.debug`` counts calls alone, neither bytes nor groups, does not see
+sends, and fails where a module runs more than once.
 """
 
 from collections import Counter
@@ -30,7 +30,7 @@ _COLLECTIVES: dict[str, tuple[Collective, int, int]] = {
 """Operator → name; which argument holds the bytes that :mod:`evovlm.parallel.communication` counts; which the group."""
 
 
-class CollectiveCounter(TorchDispatchMode):
+class CollectiveCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts collectives while it is entered, in this thread (on the CPU backward runs in it, too).
 
     Attributes:
@@ -38,7 +38,7 @@ class CollectiveCounter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen: Counter[tuple[tuple[int, ...], Collective, int]] = Counter()
 
     def __torch_dispatch__(
@@ -52,7 +52,9 @@ class CollectiveCounter(TorchDispatchMode):
         if func.namespace == "c10d":
             name = func.name().partition("::")[2].partition(".")[0]
             if name not in _COLLECTIVES:
-                raise NotImplementedError(f"collective c10d::{name} is not counted; known are {', '.join(_COLLECTIVES)}")
+                raise NotImplementedError(
+                    f"collective c10d::{name} is not counted; known are {', '.join(_COLLECTIVES)}"
+                )
             collective, payload, group = _COLLECTIVES[name]
             tensors: list[Tensor] = tree_leaves(args[payload])
             ranks = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(args[group])))

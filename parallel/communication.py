@@ -1,12 +1,12 @@
 """What each axis sends in a step: the calls and bytes of every collective, from layout and shapes alone.
 
-    axis       between                       collectives                                      formulas
-    shard      ranks of one copy of weights  all_gather weights, reduce_scatter gradients     data_calls
-    replicate  copies (hybrid ZeRO)          all_reduce gradients                             data_calls
-    tp         parts of a layer              by style of each module; the loss                tensor_calls, loss_calls
-    hp, cp     rows of a pack                all_to_all, send around attention                head_calls, context_calls
-    pp         stages                        send of hidden states and their gradients        pipeline_calls
-    all        all ranks of the run          all_to_all of visual tokens, two scalars         exchange_calls, scalar_calls
+    axis       between                       collectives                                     formulas
+    shard      ranks of one copy of weights  all_gather weights, reduce_scatter gradients    data_calls
+    replicate  copies (hybrid ZeRO)          all_reduce gradients                            data_calls
+    tp         parts of a layer              by style of each module; the loss               tensor_calls, loss_calls
+    hp, cp     rows of a pack                all_to_all, send around attention               head_calls, context_calls
+    pp         stages                        send of hidden states and their gradients       pipeline_calls
+    all        all ranks of the run          all_to_all of visual tokens, two all_reduce     exchange_, scalar_calls
 
 Counts are of one rank and one optimizer step. The bytes of a call are those of the whole tensor that it works on: what
 an all-gather makes on each rank, what a reduce-scatter or all-reduce takes, what an all-to-all or a send sends (own
@@ -14,8 +14,10 @@ part included). Of B such bytes a ring of R ranks puts on the wire, from each ra
 reduce-scatter and an even all-to-all, twice that in an all-reduce, B in a send.
 
 Dtypes are told by b, bytes of an element in forward and backward; sums of gradients and partial sums travel as
-W = max(b, 4). Nothing here recomputes: under recomputation the collectives of a block's forward are called once more
-in its backward; weights are then still there, so those of ``shard`` stay.
+W = max(b, 4). Nothing is recomputed here. Recomputing a block, fully or in part, calls its forward's collectives over
+tp, hp and cp once more, except the last (of the MLP's output, which nothing needs again); weights are still there, so
+``shard`` gathers no more. Recomputing the encoder chunk by chunk repeats all of its forward, gathers included. A
+pipeline's first step also opens its connections, with sends of 4 bytes.
 """
 
 from collections import Counter
@@ -200,7 +202,9 @@ def tensor_calls(held: Held, rows: Sequence[int], b: int) -> list[Calls]:
     return calls
 
 
-def loss_calls(layout: Layout, num_rows: int, hidden: int, targets: Sequence[int], chunk_rows: int, b: int) -> list[Calls]:
+def loss_calls(
+    layout: Layout, num_rows: int, hidden: int, targets: Sequence[int], chunk_rows: int, b: int
+) -> list[Calls]:
     """Vocabulary-parallel cross-entropy of the last stage (``engine/losses.py``), t = T/(cp·hp):
 
         tp  all_gather t·H·b of hidden states, backward reduce_scatter t·H·W
@@ -279,7 +283,9 @@ def context_calls(layout: Layout, num_rows: int, heads: Heads, layers: int, b: i
     return [Calls("cp", way, count, size) for count, size in pairs for way in ("send", "receive")]
 
 
-def pipeline_calls(layout: Layout, num_rows: int, hidden: int, stage: int, num_stages: int, uses: int, b: int) -> list[Calls]:
+def pipeline_calls(
+    layout: Layout, num_rows: int, hidden: int, stage: int, num_stages: int, uses: int, b: int
+) -> list[Calls]:
     """One stage of a pipeline, under every schedule (``parallel/pipeline.py``):
 
         pp  send T/(cp·hp·tp)·H·b   M times forward except on the last stage, M times backward except on the first
@@ -300,6 +306,25 @@ def pipeline_calls(layout: Layout, num_rows: int, hidden: int, stage: int, num_s
     neighbours = (stage > 0) + (stage < num_stages - 1)
     size = num_rows // layout.sequence_ranks * hidden * b
     return [Calls("pp", way, neighbours * uses, size) for way in ("send", "receive")]
+
+
+def tied_calls(held: Held, name: str, shard_rank: int, b: int) -> list[Calls]:
+    """A head tied to the embedding of another stage (``engine/tied.py``), on the first and on the last stage:
+
+        pp  send W for every element of the matrix that this rank holds
+
+    As much is received.
+
+    Args:
+        held: The stage.
+        name: The matrix, by its name there.
+        shard_rank: Which of the ranks of its copy this is.
+        b: Bytes of an element in forward and backward.
+    """
+    first, *rest = held.part(name)
+    bounds = part_bounds(first, held.layout.shard_size)
+    size = (bounds[shard_rank + 1] - bounds[shard_rank]) * prod(rest) * max(b, 4)
+    return [Calls("pp", way, 1, size) for way in ("send", "receive")]
 
 
 def share_calls(tiles: Sequence[int], tokens_per_tile: int, width: int, tp: int, b: int) -> list[Calls]:

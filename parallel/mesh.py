@@ -54,7 +54,7 @@ def build_mesh(layout: Layout, rank: int, device_type: str) -> ModuleMesh:
         groups |= {axis: axes.get_group(axis) for axis in ("pp", "dp", "cp", "hp") if getattr(layout, axis) > 1}
         if 0 < layout.window < layout.cp:
             rings = axes.mesh.movedim(names.index("cp"), -1).reshape(-1, layout.cp).tolist()
-            groups["cp_outer"], _ = dist.new_subgroups_by_enumeration(rings)
+            groups["cp_outer"], _ = dist.new_subgroups_by_enumeration(rings)  # type: ignore[no-untyped-call]
     return ModuleMesh(
         layout=layout,
         place=layout.coordinates(rank),

@@ -78,6 +78,10 @@ def shard_module(
         # A loss is a sum over ranks, with its denominator already in it: gradients are added up, never averaged.
         managed.set_gradient_divide_factor(1.0)
         managed.set_force_sum_reduction_for_comms(True)
+    if mesh.data.device_type == "cpu":
+        # On CUDA streams overlap a gather with what runs; on a CPU the backend's thread does, if nobody waits for it.
+        for managed in _units(root):
+            managed._set_unshard_async_op(True)
     sharded = [unit for unit in units if isinstance(unit, FSDPModule)]
     for unit, following in pairwise(sharded):
         unit.set_modules_to_forward_prefetch([following])

@@ -11,6 +11,7 @@ Transformer Models"); what each style does stands in :mod:`evovlm.parallel.tenso
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 from types import FunctionType, MethodType
 
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ def shard_tensors(module: nn.Module, table: Mapping[str, str], mesh: DeviceMesh)
 
     Call it before activation checkpointing is applied and before ``fully_shard``. Names, hooks, buffers and tied
     parameters stay as they are. A real module must hold the same values on every rank. Parts are those of
-    ``torch.chunk``: the last may be short or empty (``fully_shard``, though, cannot reduce an empty one).
+    ``torch.chunk``: the last may be short, but not empty, which ``fully_shard`` could not reduce.
 
     Args:
         module: On the meta device or a real one; parameters whole.
@@ -37,8 +38,9 @@ def shard_tensors(module: nn.Module, table: Mapping[str, str], mesh: DeviceMesh)
         mesh: One-dimensional mesh of the tp ranks.
 
     Raises:
-        ValueError: A pattern matches no module; a style is unknown or does not suit its module; one parameter is used
-            by modules that would split it differently.
+        ValueError: A pattern matches no module; a style is unknown or does not suit its module; a parameter has too
+            few rows or columns for every rank to hold one; one parameter is used by modules that would split it
+            differently.
         TypeError: A module's forward was wrapped before.
     """
     unknown = sorted(set(table.values()) - set(STYLES))
@@ -72,6 +74,8 @@ def _shard_one(
         if parameter is None:
             continue
         placement = style.placements(key)
+        if isinstance(placement, Shard):
+            _check_parts(f"{path}.{key}", parameter, placement.dim, mesh.size())
         if parameter not in placed:
             placed[parameter] = nn.Parameter(_distribute(parameter, mesh, placement), parameter.requires_grad)
         shared = placed[parameter]
@@ -82,6 +86,18 @@ def _shard_one(
             )
         module._parameters[key] = shared
     module.forward = MethodType(forward_of(type(module), original, style, mesh.get_group()), module)
+
+
+def _check_parts(name: str, parameter: Tensor, dim: int, tp: int) -> None:
+    """Refuse a split that leaves a rank without a part; ranks hold ⌈n / tp⌉ rows as long as there are any."""
+    bounds = part_bounds(parameter.shape[dim], tp)
+    holders = sum(a < b for a, b in pairwise(bounds))
+    if holders < tp:
+        raise ValueError(
+            f"{name} of shape {list(parameter.shape)} has {bounds[-1]} {'columns' if dim else 'rows'}, which tp = {tp} "
+            f"ranks split {bounds[1]} each: {tp - holders} of them would hold none. Lower tp, or enlarge the model "
+            "(a vocabulary can be padded)"
+        )
 
 
 def _distribute(parameter: nn.Parameter, mesh: DeviceMesh, placement: Placement) -> Tensor:

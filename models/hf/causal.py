@@ -10,7 +10,8 @@ its tables for sharding and tensor parallelism are read off the plan that transf
 (:mod:`evovlm.models.hf.causal_tables`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from itertools import starmap
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from transformers.modeling_utils import AttentionInterface
 from evovlm.models.decoder import Attend, Head
 from evovlm.models.hf.names import LM_HEAD
 from evovlm.models.hf.read_config import ConfigError
-from evovlm.models.hf.shards import Shards, read_shards
+from evovlm.models.hf.save import DEFAULT_SHARD_BYTES
+from evovlm.models.hf.shards import CheckpointError, Shards, ShardWriter, read_shards
 
 ATTENTION = "evovlm"
 """Name of the attention in transformers' registry. No mask goes with it: none is ever built."""
@@ -196,3 +198,46 @@ def named_weights(source: str | Path | nn.Module) -> Iterator[tuple[str, Tensor]
     expected = {prefix + name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
     tensors = read_shards(Shards.open(source), expected, lambda name: (name,), lambda name: prefix + name)
     return starmap(lambda name, tensor: (name.removeprefix(prefix), tensor), tensors)
+
+
+def save_causal_lm(
+    decoder: HFDecoder,
+    named_tensors: Iterable[tuple[str, Tensor]],
+    out_dir: str | Path,
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> None:
+    """Save weights, without a tokenizer, so that transformers' ``from_pretrained`` loads them.
+
+    Args:
+        decoder: Says which class of transformers, which configuration and which shapes; may be on the meta device.
+        named_tensors: Every parameter once, on any device, in any order; consumed as a stream.
+        out_dir: Directory to make; missing parents are made too.
+        max_shard_bytes: Largest shard file.
+
+    Raises:
+        FileExistsError: ``out_dir`` exists.
+        CheckpointError: Tensors are missing, surplus, repeated or of another shape than the model says.
+    """
+    out = Path(out_dir)
+    if out.exists():
+        raise FileExistsError(f"{out} exists; choose another directory")
+    partial = out.with_name(f"{out.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)  # may be left by an export that was interrupted
+    writer = ShardWriter(partial, max_shard_bytes)
+    left = {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
+    config = deepcopy(decoder.config)
+    for name, value in named_tensors:
+        if left.pop(name, None) != tuple(value.shape):
+            raise CheckpointError(
+                f"cannot save: tensor {name} {list(value.shape)} does not belong to {decoder.name}, comes twice or has "
+                "another shape there"
+            )
+        writer.add(name, value)
+        config.dtype = value.dtype
+    if left:
+        raise CheckpointError(f"cannot save: {len(left)} tensors never came, such as {next(iter(left))}")
+    writer.finish()
+    config.architectures = [decoder.name]
+    config.save_pretrained(partial)
+    partial.rename(out)

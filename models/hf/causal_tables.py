@@ -17,6 +17,7 @@ import re
 from evovlm.models.hf.causal import HFDecoder
 from evovlm.models.hf.read_config import ConfigError
 from evovlm.models.sharding import ModelTables
+from evovlm.parallel.requirements import LLMShape
 
 LAYERS = "model.layers.*"
 _STYLES = {"colwise": "colwise", "rowwise": "rowwise_scatter"}
@@ -75,6 +76,27 @@ def decoder_tables(decoder: HFDecoder) -> ModelTables:
     if idle := [path for path in _NORMS if path not in owners]:
         raise ConfigError(f"{name} has no {', '.join(idle)}: nothing would gather the rows that a colwise linear reads")
     return ModelTables(roots={"llm": ""}, blocks={"llm": LAYERS}, tensor={"llm": tensor})
+
+
+def decoder_shape(decoder: HFDecoder, *, pack_tokens: int, packs_per_step: int) -> LLMShape:
+    """Say what the axes of a layout must divide, for :func:`evovlm.parallel.validate.check_plan`.
+
+    Args:
+        decoder: The model; may be on the meta device.
+        pack_tokens: T.
+        packs_per_step: Packs of one optimizer step, over all ranks.
+    """
+    config = decoder.config
+    return LLMShape(
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        hidden_size=config.hidden_size,
+        ffn_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        pack_tokens=pack_tokens,
+        packs_per_step=packs_per_step,
+    )
 
 
 def _some(items: list[str], most: int = 3) -> str:

@@ -102,7 +102,6 @@ def build(
         lambda: InternVL(config),
         plan or data_plan(world.size),
         world,
-        hidden_size=config.decoder.hidden_size,
         optim=optim,
         weights=weights or weights_of(config),
         options=EngineOptions(**({"precision": "float64", "encode_tiles": 2} | options)),

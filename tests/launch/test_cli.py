@@ -12,7 +12,20 @@ import pytest
 from evovlm.launch import cli, commands
 from evovlm.launch.settings import SettingsError
 
-COMMANDS = ("index", "train", "evaluate", "export", "extend-tokenizer", "quickstart", "plan", "models", "doctor")
+COMMANDS = (
+    "index",
+    "train",
+    "submit",
+    "evaluate",
+    "export",
+    "extend-tokenizer",
+    "quickstart",
+    "plan",
+    "verify",
+    "bench",
+    "models",
+    "doctor",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -11,8 +11,11 @@ from torch import nn
 from evovlm.models.decoder import PackedAttend
 from evovlm.models.hf import ConfigError
 from evovlm.models.hf.causal import HFDecoder
-from evovlm.models.hf.causal_tables import decoder_tables
+from evovlm.models.hf.causal_tables import decoder_shape, decoder_tables
 from evovlm.models.sharding import ModelTables
+from evovlm.parallel.layout import Layout, ParallelPlan
+from evovlm.parallel.requirements import ModelShapes
+from evovlm.parallel.validate import check_plan
 
 from .hf_causal_support import KINDS, V, borders, make, wrap
 
@@ -39,6 +42,13 @@ def test_tables(kind: str) -> None:
     tensor = root | {f"model.layers.*.{name}": style for name, style in layer.items()}
     assert tables == ModelTables(roots={"llm": ""}, blocks={"llm": "model.layers.*"}, tensor={"llm": tensor})
     assert {tables.module_of(name) for name, _ in decoder.named_parameters()} == {"llm"}
+
+
+def test_a_plan_can_be_checked() -> None:
+    shapes = ModelShapes(llm=decoder_shape(wrap(make("Qwen3")), pack_tokens=32, packs_per_step=4))
+    check_plan(ParallelPlan.for_llm(Layout(tp=2, hp=2, pp=2)), shapes, 8)
+    with pytest.raises(ValueError, match=r"K = 2 KV heads cannot be split over tp = 4"):
+        check_plan(ParallelPlan.for_llm(Layout(tp=4)), shapes, 4)
 
 
 def experts(lm: Any) -> None:

@@ -76,7 +76,7 @@ def test_groups_hold_the_ranks_that_differ_along_one_axis(seen: list[list[dict[s
         expected = {}
         for dim, axis in enumerate(AXES):
             if (size := getattr(layout, axis)) > 1:
-                expected[axis] = [places(layout)[at[:dim] + (i,) + at[dim + 1 :]] for i in range(size)]
+                expected[axis] = [places(layout)[(*at[:dim], i, *at[dim + 1 :])] for i in range(size)]
         if 0 < layout.window < layout.cp:
             expected["cp_outer"] = expected["cp"]
             assert found["own outer"]
