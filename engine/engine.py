@@ -62,7 +62,9 @@ class EngineOptions:
         schedule: Pipeline schedule.
         virtual_stages: Pipeline stages of each rank; more than one needs another schedule than ``1f1b``.
         encode_tiles: Tiles that a rank encodes at a time.
-        encoder_activations: ``keep`` the encoder's activations of a step, or ``recompute`` chunk by chunk.
+        encoder_activations: ``keep`` the encoder's activations of a step, ``recompute`` chunk by chunk, or ``auto``:
+            keep them in steps whose busiest encoder stays within ``encoder_memory``.
+        encoder_memory: GiB of activations of the encoder that a rank may keep in ``auto``.
         min_unit: Blocks of fewer parameters are gathered with their module (see ``shard_module``).
     """
 
@@ -72,7 +74,8 @@ class EngineOptions:
     schedule: Schedule = "1f1b"
     virtual_stages: int = 1
     encode_tiles: int = 32
-    encoder_activations: Activations = "keep"
+    encoder_activations: Activations = "auto"
+    encoder_memory: float = 8.0
     min_unit: int = 0
 
     def check(self, plan: ParallelPlan) -> None:
@@ -159,8 +162,14 @@ class Engine:
         load_weights(parts, weights)
         vision = None
         if parts.encoder:
-            activations = options.encoder_activations
-            vision = Vision(parts, plan, world, encode_tiles=options.encode_tiles, activations=activations)
+            vision = Vision(
+                parts,
+                plan,
+                world,
+                encode_tiles=options.encode_tiles,
+                activations=options.encoder_activations,
+                memory=options.encoder_memory * 2**30,
+            )
         language = Language(parts.stages, parts.hidden_size, dtypes.compute, options.schedule, world.device)
         return cls(parts, LocalState(parts, optim), language, vision, world, optim.clip_norm)
 

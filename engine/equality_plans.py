@@ -109,6 +109,8 @@ def all_cases() -> list[PlanCase]:
         _case("recompute some, cp2", Layout(cp=2), recompute={"vit": "selective", "llm": "selective"}),
         _case("recompute all, pp2 cp2", Layout(pp=2, cp=2), recompute={"vit": "full", "llm": "full"}, reduced=True),
         _case("encoder recomputed, hp2", Layout(hp=2), encoder_activations="recompute", reduced=True),
+        _case("encoder recomputed where it is large, dp2", Layout(dp=2), encoder_memory=1e-4),
+        _case("vit tp2 zero1, tile by tile", Layout(dp=2), vit=Layout(tp=2, zero=1), encode_tiles=1, reduced=True),
         _case("encoder recomputed, vit tp2", Layout(dp=2), vit=Layout(tp=2), encoder_activations="recompute"),
         _case("small blocks merged, dp2 tp2", Layout(dp=2, tp=2), min_unit=10**9),
     ]

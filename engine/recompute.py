@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -33,6 +33,26 @@ _KEPT = {
 
 def _policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Counts what autograd keeps for the backward of what runs inside: each piece of memory once, weights left out.
+
+    Attributes:
+        count: Bytes so far.
+    """
+
+    def __init__(self) -> None:
+        self.count, self._seen = 0, set[int]()
+        super().__init__(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        owner = tensor if tensor._base is None else tensor._base
+        if not isinstance(owner, nn.Parameter) and storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.count += storage.nbytes()
+        return tensor
 
 
 def apply_recompute(root: nn.Module, blocks: str, mode: Recompute) -> None:

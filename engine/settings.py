@@ -178,8 +178,12 @@ class ParallelSettings(Settings):
     """Stages of each pipeline rank; more than one needs the schedule ``interleaved`` or ``zero_bubble``."""
     encode_tiles: int = Field(32, ge=1)
     """Tiles that a rank encodes at a time; one chunk's visual tokens travel while the next is encoded."""
-    encoder_activations: Literal["keep", "recompute"] = "keep"
+    encoder_activations: Literal["auto", "keep", "recompute"] = "auto"
     """Whether the encoder's activations of a whole step are kept, or each chunk is encoded again in its backward."""
+    encoder_memory: float = Field(8.0, gt=0)
+    """GiB of such activations that a rank may keep under ``auto``; steps with more are recomputed."""
+    timeout: float = Field(1800.0, gt=0)
+    """Seconds after which a collective that some rank has not joined ends the run with an error."""
     min_unit: int = Field(1_000_000, ge=0)
     """Blocks of fewer parameters are gathered with the module around them."""
 

@@ -105,6 +105,7 @@ def build_engine(settings: RunSettings, source: ModelSource, world: World) -> En
             virtual_stages=chosen.virtual_stages,
             encode_tiles=chosen.encode_tiles,
             encoder_activations=chosen.encoder_activations,
+            encoder_memory=chosen.encoder_memory,
             min_unit=chosen.min_unit,
         ),
     )

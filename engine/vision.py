@@ -8,6 +8,7 @@ All microbatches are encoded before the LLM runs and their backward runs after i
 over all ranks however the LLM is laid out. The LLM sees leaves: its graph ends at the visual tokens.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, Protocol, cast
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from evovlm.data.step_batch import StepBatch
 from evovlm.engine.parts import Parts
+from evovlm.engine.recompute import SavedBytes
 from evovlm.parallel.collectives import slice_rows
 from evovlm.parallel.exchange import Pending, start_exchange, start_return
 from evovlm.parallel.layout import ParallelPlan
@@ -25,7 +27,7 @@ from evovlm.parallel.sequence import SequenceShards
 from evovlm.parallel.sharded_data import accumulate, free
 from evovlm.parallel.world import World
 
-Activations = Literal["keep", "recompute"]
+Activations = Literal["auto", "keep", "recompute"]
 
 
 class VisionModel(Protocol):
@@ -48,13 +50,15 @@ class VisualTokens:
         rows: For each microbatch, int64 ``[n]``: local rows that visual tokens fill.
         values: For each microbatch, ``[n, H]``: leaves whose gradients go back to the encoders.
         plan: The exchange that brought them.
-        sent: What each chunk handed over, with its graph; without one where nothing is trained or is recomputed.
+        sent: What each chunk handed over, with its graph if it was kept.
+        kept: Whether the encoder's activations were kept.
     """
 
     rows: list[Tensor]
     values: list[Tensor]
     plan: ExchangePlan
     sent: list[Tensor]
+    kept: bool
 
 
 class Vision:
@@ -65,16 +69,26 @@ class Vision:
         plan: Layouts of the modules.
         world: The ranks of the run.
         encode_tiles: Tiles of one chunk.
-        activations: ``keep`` them until the backward, or ``recompute`` chunk by chunk.
+        activations: ``keep`` them until the backward, ``recompute`` chunk by chunk, or ``auto``: keep them in steps
+            whose busiest encoder stays within ``memory``.
+        memory: Bytes of activations that a rank may keep in ``auto``.
     """
 
     def __init__(
-        self, parts: Parts, plan: ParallelPlan, world: World, *, encode_tiles: int, activations: Activations
+        self,
+        parts: Parts,
+        plan: ParallelPlan,
+        world: World,
+        *,
+        encode_tiles: int,
+        activations: Activations,
+        memory: float,
     ) -> None:
         self._model = cast(VisionModel, parts.model)
         self._vit, self._projector = parts.encoder["vit"], parts.encoder["projector"]
         self._plan, self._world = plan, world
-        self._encode_tiles, self._recompute = encode_tiles, activations == "recompute"
+        self._encode_tiles, self._activations, self._memory = encode_tiles, activations, memory
+        self._bytes_per_tile: float | None = None
         self._trains_vit, self._trains_projector = _trains(self._vit.root), _trains(self._projector.root)
         self._features: tuple[StepBatch, list[Tensor]] | None = None
 
@@ -91,11 +105,12 @@ class Vision:
             shards: How a pack's rows are split over sequence ranks.
         """
         exchange = self._exchange_plan(batch, shards)
-        keep = self.trains and not self._recompute and torch.is_grad_enabled()
+        keep = self.trains and torch.is_grad_enabled() and self._keeps(batch)
         sent: list[Tensor] = []
         pending: list[Pending] = []
+        saved = SavedBytes()
         for number, chunk in enumerate(exchange.chunks):
-            with torch.set_grad_enabled(keep):
+            with torch.set_grad_enabled(keep), saved if self._measures(keep) else nullcontext():
                 rows = self._encode(chunk, self._seen(batch, exchange, number))
             pending.append(start_exchange(rows, chunk))
             sent.append(rows if keep else rows.detach())
@@ -106,11 +121,13 @@ class Vision:
             local, sources = (torch.from_numpy(part).to(device) for part in exchange.of_microbatch(microbatch))
             places.append(local)
             values.append(received.index_select(0, sources).requires_grad_(self.trains and torch.is_grad_enabled()))
+        if self._measures(keep):
+            self._measured(saved.count / max(1, len(batch.tiles)))
         if not keep:
             # No backward will free what was gathered.
             free(self._vit.root)
             free(self._projector.root)
-        return VisualTokens(places, values, exchange, sent)
+        return VisualTokens(places, values, exchange, sent, keep)
 
     def backward(self, batch: StepBatch, tokens: VisualTokens) -> None:
         """Send the gradients of the visual tokens back and run the encoder's backward. Collective."""
@@ -130,7 +147,7 @@ class Vision:
                 if trained:
                     accumulate(part.root, part.mesh, last=number == len(chunks) - 1)
             rows = tokens.sent[number]
-            if self._recompute:
+            if not tokens.kept:
                 rows = self._encode(chunk, self._seen(batch, tokens.plan, number))
             torch.autograd.backward(rows, pending[number].wait())
         self._features = None
@@ -146,6 +163,20 @@ class Vision:
             raise ValueError("features can be prefetched only from a frozen ViT; freeze it, or do not prefetch")
         exchange = self._exchange_plan(batch, shards)
         self._features = (batch, [self._see(batch, chunk) for chunk in exchange.chunks])
+
+    def _keeps(self, batch: StepBatch) -> bool:
+        """Whether a step's activations are kept: the same answer on every rank."""
+        if self._activations != "auto" or self._bytes_per_tile is None:
+            return self._activations != "recompute"
+        return int(batch.routes.num_tiles.max()) * self._bytes_per_tile <= self._memory
+
+    def _measures(self, keep: bool) -> bool:
+        return keep and self._activations == "auto" and self._bytes_per_tile is None
+
+    def _measured(self, per_tile: float) -> None:
+        """Agree on the bytes of a tile's activations; a step without tiles tells nothing."""
+        (largest,) = self._world.max([per_tile])
+        self._bytes_per_tile = largest or None
 
     def _exchange_plan(self, batch: StepBatch, shards: SequenceShards) -> ExchangePlan:
         rank, per_tile = self._world.rank, batch.tokens_per_tile

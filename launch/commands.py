@@ -43,7 +43,7 @@ def train(settings: "RunSettings", ranks: RankInfo, resume: str) -> None:
     """Train as one rank of a run."""
     from evovlm.engine import trainer
 
-    with process_group(ranks) as world:
+    with process_group(ranks, timeout=settings.parallel.timeout) as world:
         trainer.train(settings, world, resume)
 
 

@@ -92,6 +92,7 @@ def recipe_case(settings: RunSettings, ranks: int) -> PlanCase:
         "schedule": chosen.schedule,
         "virtual_stages": chosen.virtual_stages,
         "encoder_activations": chosen.encoder_activations,
+        "encoder_memory": chosen.encoder_memory,
         "min_unit": chosen.min_unit,
         "recompute": {"vit": settings.recompute.vit, "llm": settings.recompute.llm},
         "freeze": settings.model.freeze,

@@ -132,8 +132,31 @@ def _localized(module: nn.Module, kind: type[nn.Module], style: Style, group: di
         parts[name] = parameter if parameter is None else local_part(parameter)
         if style.add_gradients and parameter is not None and style.placements(name) == Replicate():
             parts[name] = copy_to_ranks(parts[name], group)
+        elif parameter is not None and (parameter.ndim == 1 or style.placements(name) == Replicate()):
+            parts[name] = _own_gradient(parts[name])
     stand_in.__dict__["_parameters"] = parts
     return stand_in
+
+
+class _OwnGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ARG004
+        return grad.clone()
+
+
+def _own_gradient(x: Tensor) -> Tensor:
+    """Give a parameter's gradient memory of its own.
+
+    What adds up gradients does so in place, unless it sees others hold the tensor, which inside a DTensor it does not.
+    A sum with the parameter passes the gradient on as it is, so two parameters could add to the same memory; products
+    of matrices make their own.
+    """
+    out: Tensor = _OwnGradient.apply(x)  # type: ignore[no-untyped-call]
+    return out
 
 
 def _on_rows(exchange: Exchange) -> Exchange:

@@ -130,11 +130,10 @@ def one_step(world: World, plan: ParallelPlan, options: dict[str, Any], *, torch
         lambda: InternVL(config),
         plan,
         world,
-        hidden_size=DECODER.hidden_size,
         optim=OPTIM,
         weights=make_weights(config),
         options=EngineOptions(
-            **{"precision": "float64", "encode_tiles": CHUNK_TILES}
+            **{"precision": "float64", "encode_tiles": CHUNK_TILES, "encoder_activations": "keep"}
             | {name: value for name, value in options.items() if name != "tied"}
         ),
     )

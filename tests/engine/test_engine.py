@@ -5,7 +5,8 @@ none at all, drop path is on, gradients are clipped.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -275,6 +276,46 @@ def test_bfloat16_computes_narrow_and_keeps_positions_and_masters_wide(
 
 def test_a_step_without_a_target_is_an_error(events: dict[str, Any]) -> None:
     assert "none of its samples has a target" in events["no target"]
+
+
+def test_a_frozen_vit_can_see_the_next_step_ahead() -> None:
+    def job(world: World) -> tuple[Trained, str]:
+        plan = data_plan(2)
+        engine = build(world, freeze=("vit",))
+        parts = [share_out(packs, plan, world.rank, TOKENS_PER_TILE) for packs in STEPS]
+        results = []
+        for part, packs in zip(parts, STEPS, strict=True):
+            engine.prefetch(part)
+            with monkeypatched_eyes(engine):  # the step itself must not look at tiles again
+                results.append(engine.train_step(part, denominator(packs)))
+        weights = dict(engine.named_full_tensors(everywhere=True))
+        trained = Trained(
+            [r.loss for r in results], [r.grad_norm for r in results], [r.clipped for r in results], weights
+        )
+        try:
+            build(world).prefetch(parts[0])
+        except ValueError as error:
+            return trained, str(error)
+        return trained, "no error"
+
+    trained, error = run_ranks(2, job)[0]
+    assert_same_training(trained, train_plainly(freeze=("vit",)))
+    assert "only from a frozen ViT" in error
+
+
+@contextmanager
+def monkeypatched_eyes(engine: Engine) -> Iterator[None]:
+    """Make the ViT fail if it is run."""
+    model = engine.parts.model
+
+    def see(*_: Any) -> Tensor:
+        raise AssertionError("the ViT ran")
+
+    model.see = see  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del model.see
 
 
 def test_settings_and_weights_that_do_not_fit_are_errors() -> None:

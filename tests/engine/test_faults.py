@@ -46,7 +46,6 @@ def build(
         lambda: InternVL(config),
         plan,
         world,
-        hidden_size=config.decoder.hidden_size,
         optim=OPTIM,
         weights=make_weights(config) if weights is None else weights,
         options=EngineOptions(precision="float64", **options),

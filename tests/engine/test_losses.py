@@ -160,6 +160,8 @@ def split_and_whole(world: World, seed: int) -> None:
     """Compare one drawn case, split over all ranks, with the formula: loss, gradients of hidden states and head."""
     generator = torch.Generator().manual_seed(seed)
     vocab, per_rank, chunk_rows = (int(torch.randint(1, high, (), generator=generator)) for high in (20, 6, 9))
+    while part_bounds(vocab, world.size)[-2] == vocab:
+        vocab += 1  # every rank must hold some of it
     rows = per_rank * world.size
     hidden, head = (torch.randn(n, H, generator=generator, dtype=torch.float64) for n in (rows, vocab))
     labels = torch.randint(0, vocab, (rows,), generator=generator)

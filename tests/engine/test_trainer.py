@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from evovlm.data.tokenizer import Tokenizer
@@ -227,6 +228,37 @@ def test_another_number_of_ranks_goes_on_with_the_same_run(
         assert ours == {
             name: pytest.approx(value, rel=1e-4 if name == "grad_norm" else 2e-5) for name, value in theirs.items()
         }
+
+
+def test_a_run_may_change_its_layout(story: dict[str, Any], runs: Path, make_settings: MakeSettings) -> None:
+    """Resumed on four ranks, the LLM in a pipeline of tensor-parallel stages, the ViT tensor parallel: the same run."""
+    shutil.copytree(checkpoint_dir(runs / "whole", 2), checkpoint_dir(runs / "reshaped", 2))
+    parallel = {"llm": {"pp": 2, "tp": 2, "zero": 1}, "vit": {"tp": 2}, "encode_tiles": 3}
+    settings = make_settings(runs / "reshaped", parallel=parallel)
+    run_ranks(4, lambda world: train(settings, world, "auto"), timeout=300)
+    after = [line for line in numbers(runs / "whole") if line["step"] > 2]
+    for ours, theirs in zip(numbers(runs / "reshaped"), after, strict=True):
+        assert ours == {
+            name: pytest.approx(value, rel=1e-4 if name == "grad_norm" else 2e-5) for name, value in theirs.items()
+        }
+    ours, whole = (dict(load_model(runs / name).named_parameters()) for name in ("reshaped", "whole"))
+    for name, parameter in whole.items():
+        torch.testing.assert_close(ours[name], parameter, rtol=0, atol=1e-3 * float(parameter.detach().abs().max()))
+    exported, reference = (load_file(runs / name / "export" / "model.safetensors") for name in ("reshaped", "whole"))
+    assert set(exported) == set(reference)
+    assert "llm tp: 2 groups of 2" in (runs / "reshaped" / "log.txt").read_text()
+
+
+def test_a_layout_that_does_not_fit_is_refused_before_anything_is_built(
+    make_settings: MakeSettings, runs: Path
+) -> None:
+    settings = make_settings(runs / "unfit", parallel={"llm": {"tp": 4}})
+    with pytest.raises(ValueError, match=r"K = 2 KV heads .* tp = 4"):
+        train(settings, World(0, 4, torch.device("cpu")))
+    settings = make_settings(runs / "unfit", parallel={"llm": {"pp": 3}})
+    with pytest.raises(ValueError, match=r"pp 3 = 3 does not divide the run's 4 ranks"):
+        train(settings, World(0, 4, torch.device("cpu")))
+    assert not (runs / "unfit").exists()
 
 
 def test_a_run_is_a_plain_loop_over_its_plan(story: dict[str, Any], runs: Path, make_settings: MakeSettings) -> None:

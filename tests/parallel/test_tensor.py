@@ -199,7 +199,7 @@ def check_world(world: World) -> dict[str, Any]:
         "no tile": compare(randomized(VisionBlock()), VISION, draw(0, 5, H), mesh, slice(None)),
     }
     # 13 in parts of 7 and 6, or 4, 4, 4 and 1; 5 in 2, 2, 1 and none.
-    for vocab, padding, lead in ((13, None, ()), (13, 12, (1,)), (5, 0, ())):
+    for vocab, padding, lead in ((13, None, ()), (13, 12, (1,)), (7, 0, ())):
         result[f"vocabulary {vocab}"] = embedding_and_head(mesh, vocab, padding, lead)
     # MLP width 10: parts of 5, or of 3, 3, 3 and 1.
     uneven = randomized(nn.Sequential(RMSNorm(H), nn.Linear(H, 10), nn.Tanh(), nn.Linear(10, H)))
@@ -219,6 +219,6 @@ def test_equal_to_one_process(size: int) -> None:
             "vision, recomputed": 14,
             "no tile": 14,
             "vocabulary 13": 1,
-            "vocabulary 5": 1,
+            "vocabulary 7": 1,
             "uneven": 5,
         }
