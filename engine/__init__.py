@@ -7,8 +7,9 @@
 from evovlm.data.batch import MicroBatch
 from evovlm.data.share_out import WholePack, share_out
 from evovlm.data.step_batch import StepBatch
-from evovlm.engine.engine import Engine, EngineOptions, StepResult
+from evovlm.engine.engine import Engine, StepResult
 from evovlm.engine.optimizer import lr_factor
+from evovlm.engine.options import EngineOptions
 from evovlm.engine.runs import newest_checkpoint
 from evovlm.engine.settings import OptimSettings
 from evovlm.engine.vision import VisionModel

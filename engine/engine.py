@@ -9,7 +9,7 @@ and sums over ranks and microbatches are the only reductions.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,14 @@ from evovlm.engine.checkpoint import load_checkpoint, save_checkpoint
 from evovlm.engine.language import Language
 from evovlm.engine.local_state import LocalState
 from evovlm.engine.optimizer import clip_factor, scale_gradients, set_lr
+from evovlm.engine.options import EngineOptions
 from evovlm.engine.parts import NamedTensors, Parts, build_parts, load_weights
-from evovlm.engine.recompute import Recompute
-from evovlm.engine.settings import DTYPES, OptimSettings, Precision
+from evovlm.engine.settings import DTYPES, OptimSettings
 from evovlm.engine.tied import add_tied_gradients
-from evovlm.engine.vision import Activations, Vision, VisualTokens
+from evovlm.engine.vision import Vision, VisualTokens
 from evovlm.models.sharding import INTERNVL, ModelTables
 from evovlm.parallel.layout import ParallelPlan
 from evovlm.parallel.pieces import Piece, gather_pieces, piece_of
-from evovlm.parallel.pipeline import Schedule
 from evovlm.parallel.sharded_data import free
 from evovlm.parallel.world import World
 
@@ -49,61 +48,6 @@ class StepResult:
     loss: float
     grad_norm: float
     clipped: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """How the engine runs, apart from the layout.
-
-    Attributes:
-        precision: ``float32``, ``bfloat16`` (float32 master weights and reductions) or ``float64``.
-        recompute: Module → activation checkpointing.
-        freeze: Modules that are not trained.
-        schedule: Pipeline schedule.
-        virtual_stages: Pipeline stages of each rank; more than one needs another schedule than ``1f1b``.
-        encode_tiles: Tiles that a rank encodes at a time.
-        encoder_activations: ``keep`` the encoder's activations of a step, ``recompute`` chunk by chunk, or ``auto``:
-            keep them in steps whose busiest encoder stays within ``encoder_memory``.
-        encoder_memory: GiB of activations of the encoder that a rank may keep in ``auto``.
-        min_unit: Blocks of fewer parameters are gathered with their module (see ``shard_module``).
-    """
-
-    precision: Precision = "float32"
-    recompute: Mapping[str, Recompute] | None = None
-    freeze: Sequence[str] = ()
-    schedule: Schedule = "1f1b"
-    virtual_stages: int = 1
-    encode_tiles: int = 32
-    encoder_activations: Activations = "auto"
-    encoder_memory: float = 8.0
-    min_unit: int = 0
-
-    def check(self, plan: ParallelPlan) -> None:
-        """Refuse what does not go together.
-
-        Raises:
-            ValueError: The message names the settings and what to change.
-        """
-        llm = plan.llm
-        if self.virtual_stages > 1 and (llm.pp == 1 or self.schedule == "1f1b"):
-            raise ValueError(
-                f"virtual_stages = {self.virtual_stages} with pp = {llm.pp} and schedule {self.schedule!r}: several "
-                'stages on a rank need pp > 1 and schedule = "interleaved" or "zero_bubble"'
-            )
-        if llm.pp == 1 or self.schedule != "zero_bubble":
-            return
-        if llm.zero != 1:
-            raise ValueError(
-                f"the zero-bubble schedule computes weight gradients apart from the rest, so they cannot be reduced "
-                f"after each microbatch: it needs zero = 1 in the LLM's layout, which has zero = {llm.zero}"
-            )
-        if "llm" in self.freeze:
-            raise ValueError("the zero-bubble schedule defers weight gradients, and a frozen LLM has none: use 1f1b")
-        if (self.recompute or {}).get("llm", "none") != "none":
-            raise ValueError(
-                "the zero-bubble schedule runs each backward in two halves, and recomputation would run twice: "
-                'set recompute of the LLM to "none", or use 1f1b'
-            )
 
 
 class Engine:

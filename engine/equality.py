@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evovlm.data.share_out import WholePack, share_out
-from evovlm.engine.engine import Engine, EngineOptions, StepResult
+from evovlm.engine.engine import Engine, StepResult
+from evovlm.engine.options import EngineOptions
 from evovlm.engine.settings import DTYPES, OptimSettings, Precision
 from evovlm.models.config import DecoderConfig, InternVLConfig, VisionConfig
 from evovlm.models.hf.names import model_shapes

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
-from evovlm.engine.engine import EngineOptions
+from evovlm.engine.options import EngineOptions
 from evovlm.parallel.layout import AXES, Layout, ParallelPlan
 
 

@@ -21,11 +21,12 @@ from typing import Any
 from evovlm.data.plan import StepPlan
 from evovlm.data.step_batch import StepBatch
 from evovlm.engine.checkpoint import drop_later, list_checkpoints, load_checkpoint, save_checkpoint
-from evovlm.engine.engine import Engine, EngineOptions
+from evovlm.engine.engine import Engine
 from evovlm.engine.flops import forward_flops, peak_flops, training_flops
 from evovlm.engine.layout_check import check_layouts
 from evovlm.engine.model_source import ModelSource, open_source
 from evovlm.engine.optimizer import lr_factor
+from evovlm.engine.options import EngineOptions
 from evovlm.engine.run_data import RunData, open_data
 from evovlm.engine.runlog import RunLog, peak_memory_gib
 from evovlm.engine.runs import start_run

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from evovlm.data.share_out import WholePack, share_out
 from evovlm.data.step_batch import StepBatch
-from evovlm.engine.engine import Engine, EngineOptions
+from evovlm.engine.engine import Engine
 from evovlm.engine.equality import (
     Trained,
     compare,
@@ -23,6 +23,7 @@ from evovlm.engine.equality import (
     train_alone,
 )
 from evovlm.engine.equality import plain_model as plain_model_of
+from evovlm.engine.options import EngineOptions
 from evovlm.engine.settings import OptimSettings
 from evovlm.models.config import DecoderConfig, InternVLConfig, VisionConfig
 from evovlm.models.internvl import InternVL

@@ -13,8 +13,9 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from evovlm.data.share_out import share_out
 from evovlm.data.step_batch import StepBatch
-from evovlm.engine.engine import Engine, EngineOptions
+from evovlm.engine.engine import Engine
 from evovlm.engine.equality import OPTIM, SMALL, denominator, make_steps, make_weights, tied
+from evovlm.engine.options import EngineOptions
 from evovlm.engine.parts import Part
 from evovlm.models.internvl import InternVL
 from evovlm.models.sharding import INTERNVL

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from evovlm.data.share_out import share_out
 from evovlm.engine.checkpoint import load_checkpoint, save_checkpoint
-from evovlm.engine.engine import Engine, EngineOptions
+from evovlm.engine.engine import Engine
 from evovlm.engine.equality import OPTIM, SMALL, denominator, make_steps, make_weights
+from evovlm.engine.options import EngineOptions
 from evovlm.models.config import InternVLConfig
 from evovlm.models.internvl import InternVL
 from evovlm.parallel.fork import RankFailedError, run_ranks

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from evovlm.data.share_out import share_out
-from evovlm.engine.engine import Engine, EngineOptions
+from evovlm.engine.engine import Engine
 from evovlm.engine.equality import (
     OPTIM,
     SMALL,
@@ -31,6 +31,7 @@ from evovlm.engine.equality import (
     train_under,
 )
 from evovlm.engine.equality_plans import PlanCase, all_cases
+from evovlm.engine.options import EngineOptions
 from evovlm.models.internvl import InternVL
 from evovlm.parallel.fork import run_ranks
 from evovlm.parallel.layout import AXES, Layout, ParallelPlan
