@@ -9,6 +9,7 @@ from evovlm.data.loader import Loader, LoaderSettings
 from evovlm.data.mixture import Mixture, MixtureSettings
 from evovlm.data.order import Sequential
 from evovlm.data.plan import DataLayout, Planner, PlanSettings, StepPlan
+from evovlm.engine.layout_check import check_layouts
 from evovlm.engine.model_source import ModelSource
 from evovlm.engine.settings import RunSettings
 from evovlm.parallel.world import World
@@ -28,6 +29,7 @@ class RunData:
 
     def __init__(self, settings: RunSettings, source: ModelSource, world: World) -> None:
         self.settings, self.source, self.world = settings, source, world
+        check_layouts(settings, source.config, world.size)
         self.plan = settings.parallel.plan(world.size)
         self.index = _open_checked(settings.data.index, source)
         self.val_index = _open_checked(settings.data.val_index, source) if settings.data.val_index else None
@@ -136,8 +138,8 @@ def open_data(settings: RunSettings, source: ModelSource, world: World) -> RunDa
 
     Raises:
         FileNotFoundError: There is no index.
-        ValueError: The index was made for another tokenizer, vocabulary or tile size; or the packs of a step cannot
-            be shared out over the ranks.
+        ValueError: A layout does not fit the model or the number of ranks; the index was made for another tokenizer,
+            vocabulary or tile size; or the packs of a step cannot be shared out over the ranks.
     """
     return RunData(settings, source, world)
 

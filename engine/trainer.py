@@ -23,7 +23,6 @@ from evovlm.data.step_batch import StepBatch
 from evovlm.engine.checkpoint import drop_later, list_checkpoints, load_checkpoint, save_checkpoint
 from evovlm.engine.engine import Engine
 from evovlm.engine.flops import forward_flops, peak_flops, training_flops
-from evovlm.engine.layout_check import check_layouts
 from evovlm.engine.model_source import ModelSource, open_source
 from evovlm.engine.optimizer import lr_factor
 from evovlm.engine.options import EngineOptions
@@ -55,7 +54,6 @@ def train(settings: RunSettings, world: World, resume: str = "none") -> Path:
         FloatingPointError: Loss or gradient is not finite; no weight was changed by that step.
     """
     source = open_source(settings.model, settings.seed)
-    check_layouts(settings, source.config, world.size)
     data = open_data(settings, source, world)
     checkpoint = _resume_point(settings.out, resume)
     engine = build_engine(settings, source, world)

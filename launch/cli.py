@@ -235,11 +235,12 @@ def plan(
     recipe: Recipe,
     steps: Annotated[int, typer.Option(min=1, help="How many steps to show.")] = 10,
     first: Annotated[int, typer.Option(min=0, help="The first step to show.")] = 0,
-    ranks: Annotated[int, typer.Option(min=1, help="Data-parallel ranks to plan for.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks to plan for.")] = 1,
 ) -> None:
     """Show what the steps of a recipe take.
 
-    Plans steps as training would and prints their samples, tokens, tiles and balance; nothing is trained.
+    Plans steps as training would and prints which rank holds what, and the steps' samples, tokens, tiles and balance;
+    nothing is trained.
     """
     from evovlm.launch import commands
 

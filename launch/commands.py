@@ -162,29 +162,46 @@ def verify(
 
 
 def plan(settings: "RunSettings", *, first: int, steps: int, num_ranks: int) -> None:
-    """Print a table of planned steps."""
+    """Print who holds what, and a table of planned steps; busiest: most tiles on one encoder."""
+    import numpy as np
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+
+    from evovlm.parallel.describe import describe_plan
 
     data = _open_data(settings, num_ranks)
     console = Console()
     for line in data.describe():
         console.print(line, markup=False, highlight=False)
-    table = Table(box=SIMPLE_HEAD, title=f"Steps for {num_ranks} data-parallel ranks")
-    columns = ("step", "epoch", "samples", "tokens", "fill", "tiles", "supervised", "loss denominator", "hash")
+    console.print(describe_plan(data.plan), markup=False, highlight=False, soft_wrap=True)
+    table = Table(box=SIMPLE_HEAD, title=f"Steps for {num_ranks} ranks")
+    columns = (
+        "step",
+        "epoch",
+        "samples",
+        "tokens",
+        "fill",
+        "tiles",
+        "busiest",
+        "supervised",
+        "loss denominator",
+        "hash",
+    )
     for column in columns:
         table.add_column(column, justify="right")
     capacity = settings.data.packs_per_step * settings.data.pack_tokens
     for step in range(first, first + steps):
         planned = data.curriculum.plan_step(step, data.layout)
         counts = (planned.num_samples, planned.num_tokens)
+        busiest = np.bincount(planned.encoder_rank, weights=planned.image_tiles, minlength=1).max()
         table.add_row(
             str(step),
             str(planned.epoch),
             *(f"{count:,}" for count in counts),
             f"{planned.num_tokens / capacity:.1%}",
             f"{planned.num_tiles:,}",
+            f"{busiest:,.0f}",
             f"{planned.num_supervised:,}",
             f"{planned.loss_denominator:.3f}",
             planned.digest()[:12],
