@@ -72,7 +72,7 @@ def select(patterns: Sequence[str], *, max_ranks: int, exact: bool = False) -> l
     ]
     if not chosen:
         raise ValueError(
-            f"no plan of {'exactly' if exact else 'at most'} {max_ranks} ranks is called {' or '.join(patterns)}; "
+            f"no plan of {'exactly' if exact else 'at most'} {max_ranks} ranks is called {' or '.join(map(repr, patterns))}; "
             f"there are: {'; '.join(case.name for case in cases) or 'none'}"
         )
     return chosen

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from evovlm.csrc.random import key
 from evovlm.models.config import InternVLConfig
+from evovlm.models.hf.qkv import by_head
 
 
 def initial_value(name: str, shape: torch.Size, config: InternVLConfig, seed: int) -> Tensor:
@@ -15,7 +16,8 @@ def initial_value(name: str, shape: torch.Size, config: InternVLConfig, seed: in
 
     Matrices are normal with the module's ``initializer_range``; the projector's with 1/√(inputs) so that its random
     start neither drowns nor swamps the text embeddings; norms start at 1, layer scales at their configured value and
-    biases at 0.
+    biases at 0. Values are drawn in the order of published checkpoints, so a start does not depend on how evovlm orders
+    rows.
     """
     if name.endswith((".ls1", ".ls2")):
         return torch.full(shape, config.vision.layer_scale_init)
@@ -30,4 +32,5 @@ def initial_value(name: str, shape: torch.Size, config: InternVLConfig, seed: in
     else:
         std = config.decoder.initializer_range
     generator = torch.Generator().manual_seed(key("init", seed, name) >> 1)
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    published = torch.empty(shape).normal_(0.0, std, generator=generator)
+    return by_head(name, published, config.vision.num_heads)
