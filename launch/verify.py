@@ -71,10 +71,9 @@ def select(patterns: Sequence[str], *, max_ranks: int, exact: bool = False) -> l
         case for case in cases if not patterns or any(fnmatchcase(case.name, p) or p in case.name for p in patterns)
     ]
     if not chosen:
-        raise ValueError(
-            f"no plan of {'exactly' if exact else 'at most'} {max_ranks} ranks is called {' or '.join(map(repr, patterns))}; "
-            f"there are: {'; '.join(case.name for case in cases) or 'none'}"
-        )
+        size, asked = f"{'exactly' if exact else 'at most'} {max_ranks} ranks", " or ".join(map(repr, patterns))
+        there = "; ".join(case.name for case in cases) or "none"
+        raise ValueError(f"no plan of {size} is called {asked}; there are: {there}")
     return chosen
 
 
