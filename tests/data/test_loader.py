@@ -1,5 +1,6 @@
 """The loader: steps in order and the same after a resume, errors named, prefetch bounded, threads gone."""
 
+import itertools
 import threading
 import time
 from collections import Counter
@@ -145,21 +146,34 @@ def test_prefetch_is_bounded_in_order_and_closes(
 
 
 def test_wait_is_measured(index: Index, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow(ref: Any, *args: Any, **keys: Any) -> np.ndarray:
-        time.sleep(0.03)
+    """On a clock that ticks once for each decoded image, and only then."""
+    ticks, asked = itertools.count(), threading.Event()
+    now = 0
+
+    def clock() -> float:
+        asked.set()  # somebody begins to wait
+        return float(now)
+
+    def decode(ref: Any, *args: Any, **keys: Any) -> np.ndarray:
+        nonlocal now
+        asked.wait()
+        now = next(ticks) + 1
         return load_tiles(ref, *args, **keys)
 
-    monkeypatch.setattr(loader_module, "load_tiles", slow)
+    monkeypatch.setattr(loader_module, "load_tiles", decode)
+    monkeypatch.setattr(loader_module.time, "perf_counter", clock)
+    planner, layout = make_planner(index), DataLayout(1, 8)
+    images = [len(planner.plan_step(step, layout).encoder_rank) for step in range(2)]
     one = LoaderSettings(num_workers=1, prefetch=1)
-    loader = make_loader(index, tokenizer, DataLayout(1, 8), 0, settings=one)
+    loader = make_loader(index, tokenizer, layout, 0, planner=planner, settings=one)
     waits = []
-    for plan, _ in loader.steps(0, 2):
+    for _ in loader.steps(0, 2):
         waits.append(loader.wait_seconds)
-        images = len(plan.encoder_rank)
-        time.sleep(0.05 + 0.04 * images)  # a training step longer than decoding the next one
-    assert waits[0] > 0.03 * images / 2
-    assert waits[1] < 0.5 * waits[0]
-    assert loader.total_wait_seconds == pytest.approx(sum(waits))
+        while now < sum(images):  # a training step longer than decoding the next one
+            time.sleep(0.01)
+    assert waits == [images[0], 0.0]
+    assert images[0] > 0
+    assert loader.total_wait_seconds == sum(waits)
 
 
 def test_bad_ranks_and_layouts_are_errors(index: Index, tokenizer: Tokenizer) -> None:

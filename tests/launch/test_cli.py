@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -34,15 +33,12 @@ def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) 
     assert f"Usage: evovlm {command}" in capsys.readouterr().out
 
 
-def test_help_lists_all_commands_and_is_quick() -> None:
+def test_help_lists_all_commands_and_imports_nothing_heavy() -> None:
     program = "import sys, time; from evovlm.launch.cli import main; main(['--help']); print(sorted(sys.modules))"
-    begin = time.process_time(), time.perf_counter()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    seconds = time.perf_counter() - begin[1]
     assert all(command in done.stdout for command in COMMANDS)
     heavy = {"torch", "numpy", "transformers", "pydantic", "PIL"}
     assert not heavy & set(done.stdout.rsplit("\n", 2)[-2].strip("[]").replace("'", "").split(", "))
-    assert seconds < 5  # 0.15 s on a quiet machine; what keeps it so is the line above
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
