@@ -3,7 +3,7 @@
 Each is a name, a plan, engine options and, where it matters, another model; none needs more than eight ranks.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
@@ -44,9 +44,9 @@ def _case(name: str, llm: Layout, *, reduced: bool = False, tied: bool = False, 
     return PlanCase(name, ParallelPlan.for_llm(llm, **modules), more, tied, reduced)
 
 
-def _along(**axes: int) -> Layout:
+def _along(*, pp: int = 1, dp: int = 1, cp: int = 1, hp: int = 1, tp: int = 1) -> Layout:
     """A layout of some axes, ZeRO 3 over their data ranks."""
-    return replace(Layout(), **axes)  # type: ignore[arg-type]  # only axes are given
+    return Layout(pp=pp, dp=dp, cp=cp, hp=hp, tp=tp)
 
 
 def all_cases() -> list[PlanCase]:

@@ -20,7 +20,7 @@ from evovlm.parallel.layout import ParallelPlan
 from evovlm.parallel.mesh import ModuleMesh, build_meshes
 from evovlm.parallel.pieces import write_piece
 from evovlm.parallel.pipeline import cut, split_layers
-from evovlm.parallel.sharded_data import matches, shard_module
+from evovlm.parallel.sharded_data import find_modules, matches, shard_module
 from evovlm.parallel.tensor import shard_tensors
 from evovlm.parallel.world import World
 
@@ -162,6 +162,7 @@ def build_parts(
         return root
 
     model = fresh()
+    _check_tables(model, tables)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     encoder = {}
     for module, path in tables.roots.items():
@@ -196,6 +197,13 @@ def build_parts(
         root = prepare(owner, "llm", ties)
         stages.append(Part("llm", dotted, root, meshes["llm"], number, num_stages, copies, shared))
     return Parts(model, encoder, stages, shapes, tables)
+
+
+def _check_tables(model: nn.Module, tables: ModelTables) -> None:
+    """Refuse a pattern that fits nothing in the whole model; a pipeline stage may well lack what it fits."""
+    for module, path in tables.roots.items():
+        for pattern in tables.tensor.get(module, {}):
+            find_modules(model.get_submodule(path), pattern)
 
 
 def _present(root: nn.Module, table: Mapping[str, str]) -> dict[str, str]:

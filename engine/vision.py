@@ -131,8 +131,11 @@ class Vision:
 
     def backward(self, batch: StepBatch, tokens: VisualTokens) -> None:
         """Send the gradients of the visual tokens back and run the encoder's backward. Collective."""
-        if not self.trains:
-            return
+        if self.trains:
+            self._backward(batch, tokens)
+        self._features = None
+
+    def _backward(self, batch: StepBatch, tokens: VisualTokens) -> None:
         chunks = tokens.plan.chunks
         size = sum(chunk.num_received for chunk in chunks)
         gradient = tokens.sent[0].new_zeros(size, tokens.sent[0].shape[1])
@@ -150,7 +153,6 @@ class Vision:
             if not tokens.kept:
                 rows = self._encode(chunk, self._seen(batch, tokens.plan, number))
             torch.autograd.backward(rows, pending[number].wait())
-        self._features = None
 
     @torch.no_grad()
     def prefetch(self, batch: StepBatch, shards: SequenceShards) -> None:

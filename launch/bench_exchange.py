@@ -13,7 +13,6 @@ the next is encoded, or one after the other. Every way must deliver the same row
 the collectives that were issued, without what stays on a rank; the lower bound comes from a map of owners instead.
 """
 
-import json
 import math
 import statistics
 import time
@@ -26,8 +25,8 @@ import torch
 import torch.distributed as dist
 import typer
 
-from evovlm.launch.bench import machine
 from evovlm.launch.bench_exchange_step import Mix, Tokens, draw, hop, plans, tokens_of
+from evovlm.launch.report import make_report
 from evovlm.parallel.exchange import start_exchange
 from evovlm.parallel.fork import run_ranks
 from evovlm.parallel.layout import ParallelPlan
@@ -36,7 +35,6 @@ from evovlm.parallel.sequence import SequenceShards
 from evovlm.parallel.traffic import TileUses
 from evovlm.parallel.world import World
 
-VERSIONS = ("python", "evovlm", "torch", "numpy", "pillow", "cuda")
 WAYS = ("exchange", "all_gather", "two_exchange", "overlapped", "serial")
 
 
@@ -179,14 +177,10 @@ def run(
     from rich.table import Table
 
     results = [measure(plan, Mix(), repetitions) for plan in plans(ranks)]
-    about = machine()
-    report = {
-        "bench": "exchange",
-        "machine": {name: value for name, value in about.items() if name not in VERSIONS},
-        "versions": {name: value for name, value in about.items() if name in VERSIONS},
-        "results": results,
-    }
-    table = Table("plan", "way", box=SIMPLE_HEAD, caption=f"lower bound: bytes that must move; {about['cpu']}")
+    report = make_report("exchange", results, json_file)
+    table = Table(
+        "plan", "way", box=SIMPLE_HEAD, caption=f"lower bound: bytes that must move; {report['machine']['cpu']}"
+    )
     for heading in ("MB moved", "× lower bound", "median", "spread"):
         table.add_column(heading, justify="right")
     for line in results:
@@ -200,7 +194,4 @@ def run(
                 name, way, f"{moved / 1e6:,.1f}", f"{ratio:.2f}", seconds, spread, end_section=way == WAYS[-1]
             )
     Console().print(table)
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report

@@ -20,6 +20,7 @@ import statistics
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,7 +29,7 @@ import typer
 from torch.distributed.fsdp import FSDPModule
 from torch.profiler import ProfilerActivity, profile
 
-from evovlm.launch.bench import machine
+from evovlm.launch.report import make_report
 from evovlm.models.config import DecoderConfig
 from evovlm.models.decoder import Decoder
 from evovlm.models.sharding import INTERNVL
@@ -42,7 +43,6 @@ from evovlm.parallel.world import World
 
 Pass = Literal["forward", "backward"]
 WAYS = {"waiting": False, "async": True}
-VERSIONS = ("python", "evovlm", "torch", "numpy", "pillow", "cuda")
 SHAPE = DecoderConfig(
     vocab_size=1024, hidden_size=512, num_layers=6, num_heads=8, num_kv_heads=4, head_dim=64, ffn_size=1536
 )
@@ -183,10 +183,9 @@ def measure(ranks: int, num_rows: int, steps: int, traces: Mapping[str, Path]) -
     """Record and read a trace for each way; medians over the steps for each block and pass."""
     lines = []
     for way, path in traces.items():
-        wait = not WAYS[way]
         run_ranks(
             ranks,
-            lambda w, path=path, wait=wait: record(w, str(path), wait=wait, num_rows=num_rows, steps=steps),  # type: ignore[misc]
+            partial(record, path=str(path), wait=not WAYS[way], num_rows=num_rows, steps=steps),
             timeout=600.0,
         )
         gathers = read_trace(json.loads(path.read_text(encoding="utf-8"))["traceEvents"])
@@ -233,13 +232,7 @@ def run(
             out.parent.mkdir(parents=True, exist_ok=True)
             traces["async"] = out
         results = measure(ranks, rows, steps, traces)
-    about = machine()
-    report = {
-        "bench": "overlap",
-        "machine": {name: value for name, value in about.items() if name not in VERSIONS},
-        "versions": {name: value for name, value in about.items() if name in VERSIONS},
-        "results": results,
-    }
+    report = make_report("overlap", results, json_file)
     table = Table("way", "pass", "block", box=SIMPLE_HEAD, caption=_CAPTION)
     for heading in ("issued", "done", "compute before", "gather", "under compute"):
         table.add_column(heading, justify="right")
@@ -250,9 +243,6 @@ def run(
         share = f"{line['under_compute']:.0%}"
         table.add_row(line["way"], line["pass"], block, *times, share, end_section=ends)
     Console().print(table)
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 
 

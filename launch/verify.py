@@ -8,7 +8,6 @@ On a laptop ranks are forked processes and every plan runs. Under torchrun or SL
 run on the ranks that were started, GPUs included: the first thing to do on a new cluster.
 """
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -27,8 +26,8 @@ from evovlm.engine.equality import SMALL, Difference, Trained, compare, make_ste
 from evovlm.engine.equality_plans import PlanCase, all_cases
 from evovlm.engine.layout_check import check_layouts
 from evovlm.engine.settings import RunSettings
-from evovlm.launch.doctor import cpu_model
 from evovlm.launch.ranks import RankInfo, process_group
+from evovlm.launch.report import make_report
 from evovlm.parallel.fork import RankFailedError, run_ranks
 from evovlm.parallel.world import World
 
@@ -191,12 +190,8 @@ def verify(
     if me.rank:
         return True
     _print(verdicts, precision)
-    if json_file is not None:
-        results = {"precision": precision, "tolerance": TOLERANCE[precision], "plans": [asdict(v) for v in verdicts]}
-        machine = {"cpu": cpu_model(), "ranks": "launched" if launched else "forked, gloo"}
-        versions = {"torch": torch.__version__}
-        content = {"bench": "verify", "machine": machine, "versions": versions, "results": results}
-        json_file.write_text(json.dumps(content, indent=2) + "\n")
+    results = {"precision": precision, "tolerance": TOLERANCE[precision], "plans": [asdict(v) for v in verdicts]}
+    make_report("verify", {"ranks": "launched" if launched else "forked", **results}, json_file)
     return len(verdicts) == len(cases) and all(verdict.passed for verdict in verdicts)
 
 
