@@ -34,7 +34,8 @@ setup(
         # Pure C++ on NumPy arrays: does not link against torch, so it imports in milliseconds.
         Extension(
             "evovlm.csrc._plan",
-            ["csrc/plan.cpp"],
+            [f"csrc/{name}.cpp" for name in ("plan", "pack", "balance", "shuffle")],
+            depends=["csrc/plan.h"],
             include_dirs=[pybind11.get_include()],
             extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden"],
             language="c++",
