@@ -35,7 +35,7 @@ setup(
         Extension(
             "evovlm.csrc._plan",
             [f"csrc/{name}.cpp" for name in ("plan", "pack", "balance", "shuffle")],
-            depends=["csrc/plan.h"],
+            depends=[str(path) for path in Path("csrc").glob("*.h")],
             include_dirs=[pybind11.get_include()],
             extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden"],
             language="c++",

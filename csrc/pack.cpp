@@ -1,164 +1,225 @@
 // Packing: the inner loops of data/packing.py, on NumPy arrays, without the GIL.
 //
-//   tokens, tiles of samples ──► windows ──► longest sample first ──► the fullest pack that still has room
-//
-// The open packs are kept by their free tokens: `lists_[f]` chains the packs with exactly f free tokens, most
-// free tiles first, and a 16-ary tree over f holds the most free tiles below each node. "The least free tokens
-// >= t among packs with free tiles >= k" is then one walk of about four cache lines, whichever budget binds.
+//   tokens, tiles of samples ─► windows ─► largest first ─► the fullest pack that still has room (open_packs.h)
+//                             └─ costs given: before that, the large ones go to the packs that cost least so far
 //
 // Integers only, ties in input order: every machine gives the same packs.
 
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
+#include <limits>
+#include <numeric>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "open_packs.h"
 #include "plan.h"
 
 namespace {
 
-// Positions 0..size-1, each with a number (-1: none). Finds the first position >= start whose number is >= least.
-class MaxTree {
+struct Item {
+  int32_t sample, tokens, tiles;
+};
+
+int64_t ceil_div(int64_t a, int64_t b) { return b == 0 ? 0 : (a + b - 1) / b; }
+
+// The packs by cost, then number: the first kSeen in sight, in any order, and the others in a binary heap.
+class CheapestPacks {
  public:
-  explicit MaxTree(int64_t size) {
-    do {
-      size = (size + kFan - 1) / kFan * kFan;
-      levels_.emplace_back(size, -1);
-      size /= kFan;
-    } while (size > 1);
+  static constexpr int kSeen = 8;
+  using Entry = std::pair<int64_t, int32_t>;  // cost, pack
+
+  explicit CheapestPacks(int32_t count) {
+    for (int32_t pack = 0; pack < count; ++pack) (pack < kSeen ? seen_ : heap_).emplace_back(0, pack);
   }
 
-  void clear() {
-    for (auto& level : levels_) std::fill(level.begin(), level.end(), -1);
-  }
+  const std::vector<Entry>& seen() const { return seen_; }
 
-  void set(int64_t position, int32_t number) {
-    levels_[0][position] = number;
-    for (size_t depth = 1; depth < levels_.size(); ++depth) {
-      const int32_t* children = group(depth - 1, position);
-      int32_t most = children[0];
-      for (int64_t i = 1; i < kFan; ++i) most = std::max(most, children[i]);
-      position /= kFan;
-      if (levels_[depth][position] == most) return;
-      levels_[depth][position] = most;
-    }
-  }
-
-  int64_t first_at_least(int64_t start, int32_t least) const {
-    for (size_t depth = 0; depth < levels_.size(); ++depth, start = start / kFan + 1) {
-      if (start >= static_cast<int64_t>(levels_[depth].size())) return -1;
-      uint32_t hits = matches(group(depth, start), least) >> (start % kFan) << (start % kFan);
-      if (hits == 0) continue;
-      int64_t position = start / kFan * kFan + __builtin_ctz(hits);
-      while (depth-- > 0) {
-        position = position * kFan + __builtin_ctz(matches(&levels_[depth][position * kFan], least));
-      }
-      return position;
-    }
-    return -1;
+  // Adds to the cost of a pack in sight; it leaves the sight if another is cheaper now.
+  void add_cost(int place, int64_t cost) {
+    Entry& entry = seen_[place];
+    entry.first += cost;
+    if (heap_.empty() || entry < heap_[0]) return;
+    std::swap(entry, heap_[0]);
+    sift_down();
   }
 
  private:
-  static constexpr int64_t kFan = 16;  // int32 numbers: one group is one cache line
-
-  const int32_t* group(size_t depth, int64_t position) const { return &levels_[depth][position / kFan * kFan]; }
-
-  static uint32_t matches(const int32_t* numbers, int32_t least) {
-    uint32_t bits = 0;
-    for (int64_t i = 0; i < kFan; ++i) bits |= static_cast<uint32_t>(numbers[i] >= least) << i;
-    return bits;
+  void sift_down() {
+    const Entry entry = heap_[0];
+    const size_t size = heap_.size();
+    size_t place = 0;
+    for (size_t child = 1; child < size; child = 2 * place + 1) {
+      if (child + 1 < size && heap_[child + 1] < heap_[child]) ++child;
+      if (entry < heap_[child]) break;
+      heap_[place] = heap_[child];
+      place = child;
+    }
+    heap_[place] = entry;
   }
 
-  std::vector<std::vector<int32_t>> levels_;
+  std::vector<Entry> seen_, heap_;
 };
 
-// Best fit decreasing under two budgets. One object serves many windows; nothing is carried between them.
+// Packs one window after another; nothing is carried between them.
+template <typename Number>
 class Packer {
  public:
   Packer(int32_t max_tokens, int32_t max_tiles)
-      : max_tokens_(max_tokens), max_tiles_(max_tiles), tree_(int64_t{max_tokens} + 1), lists_(max_tokens + 1, -1) {}
+      : max_tokens_(max_tokens),
+        max_tiles_(max_tiles),
+        tile_size_(max_tiles == 0 ? 0 : int64_t{max_tokens} * 3 / (int64_t{max_tiles} * 4)),
+        begins_(max_tokens + tile_size_ * max_tiles + 1),
+        packs_(max_tokens, max_tiles) {}
 
-  // Writes each sample's pack number (from 0, in the order in which packs are opened); returns their count.
-  int32_t pack(const int32_t* tokens, const int32_t* tiles, int64_t n, int32_t* pack_of) {
-    if (n == 0) return 0;
-    tree_.clear();
-    std::fill(lists_.begin(), lists_.end(), -1);
-    free_tokens_.clear();
-    free_tiles_.clear();
-    next_.clear();
-    // A pack with less room than the smallest sample can take nothing: it is not kept.
-    const int32_t least_tokens = *std::min_element(tokens, tokens + n);
-    const int32_t least_tiles = *std::min_element(tiles, tiles + n);
-    sort_longest_first(tokens, n);
-    for (const int32_t i : order_) {
-      const int64_t found = tree_.first_at_least(tokens[i], tiles[i]);
-      const int32_t pack = found < 0 ? open() : take(found);
-      free_tokens_[pack] -= tokens[i];
-      free_tiles_[pack] -= tiles[i];
-      if (free_tokens_[pack] >= least_tokens && free_tiles_[pack] >= least_tiles) keep(pack);
-      pack_of[i] = pack;
+  // Writes each sample's pack number (from 0, in the order in which packs are opened); returns their count. With costs
+  // (or nullptr), packs are made to cost alike. That may open one pack in a thousand more; if it would open more than
+  // that, fewer samples are placed by cost, at last none.
+  int32_t pack(const int32_t* tokens, const int32_t* tiles, const int64_t* costs, int64_t n, int32_t* pack_of) {
+    sort_largest_first(tokens, tiles, n);
+    if (costs == nullptr) return pack_plain(pack_of);
+    const int64_t total_tokens = std::accumulate(tokens, tokens + n, int64_t{0});
+    const int64_t total_tiles = std::accumulate(tiles, tiles + n, int64_t{0});
+    const int64_t tokens_per_tile = total_tiles == 0 ? 0 : total_tokens / total_tiles;
+    const int64_t least = std::max(ceil_div(total_tokens, max_tokens_), ceil_div(total_tiles, max_tiles_));
+    const auto too_many = [](int64_t count, int64_t fewest) { return count - fewest > (fewest + 500) / 1000; };
+    plain_of_.clear();
+    int32_t plain = 0;  // packs without regard to cost
+    for (int64_t small_tenths : {2, 5}) {
+      const int64_t num_large = num_above(small_tenths * least * max_tokens_ / 10);
+      const int32_t count = pack_alike(costs, least, tokens_per_tile, num_large, pack_of);
+      if (!too_many(count, least)) return count;
+      if (plain_of_.empty()) {
+        plain_of_.resize(n);
+        plain = pack_plain(plain_of_.data());
+      }
+      if (!too_many(count, plain)) return count;
     }
-    return static_cast<int32_t>(free_tokens_.size());
+    std::copy(plain_of_.begin(), plain_of_.end(), pack_of);
+    return plain;
   }
 
  private:
-  int32_t open() {
-    free_tokens_.push_back(max_tokens_);
-    free_tiles_.push_back(max_tiles_);
-    next_.push_back(-1);
-    return static_cast<int32_t>(free_tokens_.size()) - 1;
-  }
-
-  // Removes the pack with most free tiles from a list.
-  int32_t take(int64_t list) {
-    const int32_t pack = lists_[list];
-    lists_[list] = next_[pack];
-    tree_.set(list, next_[pack] < 0 ? -1 : free_tiles_[next_[pack]]);
-    return pack;
-  }
-
-  // Puts a pack in its list, before those with as many free tiles.
-  void keep(int32_t pack) {
-    int32_t* link = &lists_[free_tokens_[pack]];
-    const bool first = *link < 0 || free_tiles_[*link] <= free_tiles_[pack];
-    while (*link >= 0 && free_tiles_[*link] > free_tiles_[pack]) link = &next_[*link];
-    next_[pack] = *link;
-    *link = pack;
-    if (first) tree_.set(free_tokens_[pack], free_tiles_[pack]);
-  }
-
-  // Stable radix sort of 0..n-1 by descending tokens, 11 bits a pass.
-  void sort_longest_first(const int32_t* tokens, int64_t n) {
-    constexpr int kBits = 11;
-    constexpr uint32_t kMask = (1u << kBits) - 1;
-    order_.resize(n);
-    scratch_.resize(n);
-    for (int64_t i = 0; i < n; ++i) order_[i] = static_cast<int32_t>(i);
-    for (int shift = 0; shift < 31 && (max_tokens_ >> shift) > 0; shift += kBits) {
-      int64_t starts[kMask + 2] = {};
-      for (int64_t i = 0; i < n; ++i) ++starts[(digit(tokens[i]) >> shift & kMask) + 1];
-      for (uint32_t d = 0; d < kMask; ++d) starts[d + 1] += starts[d];
-      for (const int32_t i : order_) scratch_[starts[digit(tokens[i]) >> shift & kMask]++] = i;
-      order_.swap(scratch_);
+  // Counting sort, a stable one, by size: tokens, and so many for each tile.
+  void sort_largest_first(const int32_t* tokens, const int32_t* tiles, int64_t n) {
+    std::fill(begins_.begin(), begins_.end(), 0);
+    for (int64_t i = 0; i < n; ++i) ++begins_[tokens[i] + tile_size_ * tiles[i]];
+    int32_t begin = 0;
+    for (auto count = begins_.rbegin(); count != begins_.rend(); ++count) begin += std::exchange(*count, begin);
+    items_.resize(n);
+    for (int64_t i = 0; i < n; ++i) {
+      items_[begins_[tokens[i] + tile_size_ * tiles[i]]++] = {static_cast<int32_t>(i), tokens[i], tiles[i]};
     }
   }
 
-  uint32_t digit(int32_t tokens) const { return static_cast<uint32_t>(max_tokens_ - tokens); }
+  int32_t pack_plain(int32_t* pack_of) {
+    packs_.clear();
+    for (const Item& item : items_) place_best(item, pack_of);
+    return packs_.count();
+  }
+
+  // Best fit: into the open pack with least room, or a new one.
+  void place_best(const Item& item, int32_t* pack_of) {
+    int32_t pack = packs_.take(item.tokens, item.tiles, tile_size_);
+    if (pack < 0) pack = packs_.open();
+    packs_.fill(pack, item.tokens, item.tiles);
+    packs_.keep(pack);
+    pack_of[item.sample] = pack;
+  }
+
+  // How many samples are larger than the small ones, which have at least so many tokens together.
+  int64_t num_above(int64_t small_tokens) const {
+    int64_t count = items_.size();
+    while (count > 0 && small_tokens > 0) small_tokens -= items_[--count].tokens;
+    return count;
+  }
+
+  // Opens as many packs as are needed at least and lets each large sample go to one of those that cost least. Best fit
+  // places the rest: the large ones that fit into none of these, and the small ones.
+  int32_t pack_alike(const int64_t* costs, int64_t least, int64_t tokens_per_tile, int64_t num_large,
+                     int32_t* pack_of) {
+    packs_.clear();
+    while (packs_.count() < least) packs_.open();
+    CheapestPacks cheapest(packs_.count());
+    later_.clear();
+    for (int64_t i = 0; i < num_large; ++i) {
+      const Item& item = items_[i];
+      const int place = find_cheap(item, cheapest, tokens_per_tile);
+      if (place < 0) {
+        later_.push_back(item);
+        continue;
+      }
+      pack_of[item.sample] = cheapest.seen()[place].second;
+      packs_.fill(pack_of[item.sample], item.tokens, item.tiles);
+      cheapest.add_cost(place, costs[item.sample]);
+    }
+    for (int32_t pack = 0; pack < least; ++pack) packs_.keep(pack);
+    for (const Item& item : later_) place_best(item, pack_of);
+    std::for_each(items_.begin() + num_large, items_.end(), [&](const Item& item) { place_best(item, pack_of); });
+    return packs_.count();
+  }
+
+  // Of the cheapest packs with room: the one whose tokens and tiles then are most nearly as those of the window, so
+  // that neither budget is used up long before the other; among equals the cheapest, then the first. -1: none.
+  int find_cheap(const Item& item, const CheapestPacks& cheapest, int64_t tokens_per_tile) const {
+    int best = -1;
+    std::pair<int64_t, CheapestPacks::Entry> least;
+    for (int place = 0; place < static_cast<int>(cheapest.seen().size()); ++place) {
+      const CheapestPacks::Entry& entry = cheapest.seen()[place];
+      const int64_t free_tokens = int64_t{packs_.free_tokens(entry.second)} - item.tokens;
+      const int64_t free_tiles = int64_t{packs_.free_tiles(entry.second)} - item.tiles;
+      if (free_tokens < 0 || free_tiles < 0) continue;
+      const int64_t skew = std::abs(tokens_per_tile * (max_tiles_ - free_tiles) - (max_tokens_ - free_tokens));
+      const std::pair<int64_t, CheapestPacks::Entry> candidate{skew, entry};
+      if (best < 0 || candidate < least) {
+        best = place;
+        least = candidate;
+      }
+    }
+    return best;
+  }
 
   const int32_t max_tokens_;
   const int32_t max_tiles_;
-  MaxTree tree_;
-  std::vector<int32_t> lists_;        // [max_tokens + 1] first pack with that many free tokens, -1: none
-  std::vector<int32_t> next_;         // [packs] next pack of the same list
-  std::vector<int32_t> free_tokens_;  // [packs]
-  std::vector<int32_t> free_tiles_;   // [packs]
-  std::vector<int32_t> order_, scratch_;
+  const int64_t tile_size_;      // in tokens, 3/4 of a tile's worth; text, which fills any gap, so comes last
+  std::vector<int32_t> begins_;  // of the samples of each size among the sorted
+  OpenPacks<Number> packs_;
+  std::vector<Item> items_, later_;
+  std::vector<int32_t> plain_of_;
 };
 
-py::tuple pack_windows(const Ints& tokens, const Ints& tiles, int64_t window, int32_t max_tokens, int32_t max_tiles) {
+void check(const int32_t* tokens, const int32_t* tiles, const int64_t* costs, int64_t n, int32_t max_tokens,
+           int32_t max_tiles) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (tokens[i] < 1 || tokens[i] > max_tokens || tiles[i] < 0 || tiles[i] > max_tiles) {
+      throw std::invalid_argument("item " + std::to_string(i) + ": " + std::to_string(tokens[i]) + " tokens and " +
+                                  std::to_string(tiles[i]) + " tiles; a pack holds 1 to " +
+                                  std::to_string(max_tokens) + " tokens and 0 to " + std::to_string(max_tiles) +
+                                  " tiles");
+    }
+  }
+  int64_t total = 0;
+  for (int64_t i = 0; costs != nullptr && i < n; ++i) {
+    if (costs[i] < 0 || __builtin_add_overflow(total, costs[i], &total)) {
+      throw std::invalid_argument("item " + std::to_string(i) + ": a cost of " + std::to_string(costs[i]) +
+                                  "; costs must be >= 0 and their sum below 2**63");
+    }
+  }
+}
+
+py::tuple pack_windows(const Ints& tokens, const Ints& tiles, int64_t window, int32_t max_tokens, int32_t max_tiles,
+                       const std::optional<Longs>& costs) {
   if (tokens.ndim() != 1 || tiles.ndim() != 1 || tokens.size() != tiles.size()) {
     throw std::invalid_argument("pack_windows: tokens and tiles must be vectors of one length");
+  }
+  if (costs && (costs->ndim() != 1 || costs->size() != tokens.size())) {
+    throw std::invalid_argument("pack_windows: costs must be a vector as long as tokens");
   }
   if (window < 1 || window > INT32_MAX) throw std::invalid_argument("pack_windows: window must be in [1, 2**31)");
   if (max_tokens < 1 || max_tokens == INT32_MAX || max_tiles < 0) {
@@ -170,23 +231,24 @@ py::tuple pack_windows(const Ints& tokens, const Ints& tiles, int64_t window, in
   Ints num_packs(num_windows);
   const int32_t* tokens_in = tokens.data();
   const int32_t* tiles_in = tiles.data();
+  const int64_t* costs_in = costs ? costs->data() : nullptr;
   int32_t* pack_out = pack_of.mutable_data();
   int32_t* count_out = num_packs.mutable_data();
-  {
-    py::gil_scoped_release unlocked;
-    for (int64_t i = 0; i < n; ++i) {
-      if (tokens_in[i] < 1 || tokens_in[i] > max_tokens || tiles_in[i] < 0 || tiles_in[i] > max_tiles) {
-        throw std::invalid_argument("item " + std::to_string(i) + ": " + std::to_string(tokens_in[i]) +
-                                    " tokens and " + std::to_string(tiles_in[i]) + " tiles; a pack holds 1 to " +
-                                    std::to_string(max_tokens) + " tokens and 0 to " + std::to_string(max_tiles) +
-                                    " tiles");
-      }
-    }
-    Packer packer(max_tokens, max_tiles);
+  const auto pack_all = [&](auto packer) {
     for (int64_t w = 0; w < num_windows; ++w) {
       const int64_t first = w * window;
       const int64_t count = std::min(window, n - first);
-      count_out[w] = packer.pack(tokens_in + first, tiles_in + first, count, pack_out + first);
+      const int64_t* costs_of = costs_in == nullptr ? nullptr : costs_in + first;
+      count_out[w] = packer.pack(tokens_in + first, tiles_in + first, costs_of, count, pack_out + first);
+    }
+  };
+  {
+    py::gil_scoped_release unlocked;
+    check(tokens_in, tiles_in, costs_in, n, max_tokens, max_tiles);
+    if (max_tiles <= std::numeric_limits<int16_t>::max()) {
+      pack_all(Packer<int16_t>(max_tokens, max_tiles));
+    } else {
+      pack_all(Packer<int32_t>(max_tokens, max_tiles));
     }
   }
   return py::make_tuple(pack_of, num_packs);
@@ -196,6 +258,6 @@ py::tuple pack_windows(const Ints& tokens, const Ints& tiles, int64_t window, in
 
 void bind_pack(py::module_& m) {
   m.def("pack_windows", &pack_windows, py::arg("tokens").noconvert(), py::arg("tiles").noconvert(), py::arg("window"),
-        py::arg("max_tokens"), py::arg("max_tiles"),
+        py::arg("max_tokens"), py::arg("max_tiles"), py::arg("costs").noconvert() = py::none(),
         "Pack each window of samples by best fit decreasing: (pack within the window [n], packs per window).");
 }

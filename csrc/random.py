@@ -5,19 +5,20 @@ numbers under every layout and after every resume:
 
     keys("jpeg", seed, samples, visits, images) ──splitmix64──► uint64 ──► uniform() / choice_index()
 
-NumPy and torch versions agree bit for bit; both use wrapping 64-bit integer arithmetic only.
+Wrapping 64-bit integer arithmetic only. Keys that lie on a device as a tensor: ``random_torch``.
 """
 
 import hashlib
+import itertools
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
-_GOLDEN = 0x9E3779B97F4A7C15
-_MIX1 = 0xBF58476D1CE4E5B9
-_MIX2 = 0x94D049BB133111EB
+from evovlm.csrc import _plan
+
+GOLDEN = 0x9E3779B97F4A7C15
+MIX1 = 0xBF58476D1CE4E5B9
+MIX2 = 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
 
 Part = int | str | ArrayLike
@@ -25,17 +26,19 @@ Part = int | str | ArrayLike
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Finalizer of splitmix64 (Steele, Lea, Flood 2014), elementwise on uint64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(_MIX1)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(_MIX2)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(MIX1)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(MIX2)
     return x ^ (x >> np.uint64(31))
 
 
-def _as_words(part: Part) -> NDArray[np.uint64]:
-    if isinstance(part, str):
-        digest = hashlib.blake2b(part.encode(), digest_size=8).digest()
-        return np.array(int.from_bytes(digest, "little"), dtype=np.uint64)
-    if isinstance(part, int):
-        return np.array(part & _MASK, dtype=np.uint64)
+def mix_int(word: int) -> int:
+    """Finalizer of splitmix64 on one word in ``[0, 2**64)``."""
+    word = ((word ^ (word >> 30)) * MIX1) & _MASK
+    word = ((word ^ (word >> 27)) * MIX2) & _MASK
+    return word ^ (word >> 31)
+
+
+def _as_words(part: ArrayLike) -> NDArray[np.uint64]:
     array = np.asarray(part)
     if array.dtype.kind not in "iu":
         raise TypeError(f"random keys are made of integers and strings, got an array of {array.dtype}")
@@ -44,16 +47,31 @@ def _as_words(part: Part) -> NDArray[np.uint64]:
 
 def keys(*parts: Part) -> NDArray[np.uint64]:
     """Hash integers, strings and integer arrays (broadcast together) to one uint64 key per element."""
-    state = np.array(0, dtype=np.uint64)
+    scalars = [part for part in itertools.takewhile(_is_scalar, parts) if isinstance(part, int | str)]
+    state = np.array(key(*scalars), dtype=np.uint64)  # in plain integers, where NumPy costs most
     with np.errstate(over="ignore"):
-        for part in parts:
-            state = _mix(np.asarray(state + np.uint64(_GOLDEN), dtype=np.uint64) ^ _mix(_as_words(part)))
+        for part in parts[len(scalars) :]:
+            words = np.array(_as_word(part), np.uint64) if isinstance(part, int | str) else _as_words(part)
+            state = _mix(np.asarray(state + np.uint64(GOLDEN), dtype=np.uint64) ^ _mix(words))
     return np.asarray(state, dtype=np.uint64)
+
+
+def _is_scalar(part: Part) -> bool:
+    return isinstance(part, int | str)
 
 
 def key(*parts: int | str) -> int:
     """Hash integers and strings to one key in ``[0, 2**64)``."""
-    return int(keys(*parts))
+    state = 0
+    for part in parts:
+        state = mix_int(((state + GOLDEN) & _MASK) ^ mix_int(_as_word(part)))
+    return state
+
+
+def _as_word(part: int | str) -> int:
+    if isinstance(part, str):
+        return int.from_bytes(hashlib.blake2b(part.encode(), digest_size=8).digest(), "little")
+    return part & _MASK
 
 
 def uniform(keys: NDArray[np.uint64]) -> NDArray[np.float64]:
@@ -69,42 +87,12 @@ def choice_index(keys: NDArray[np.uint64], n: int) -> NDArray[np.int64]:
     return ((upper * np.uint64(n)) >> np.uint64(32)).astype(np.int64)
 
 
-def permutation(n: int, *parts: int | str) -> NDArray[np.int64]:
-    """Return a permutation of ``range(n)``: the order of hashes, the same on every platform."""
-    return np.argsort(keys(*parts, np.arange(n)), kind="stable").astype(np.int64)
+def permutation(n: int, *parts: int | str, begin: int = 0, end: int | None = None) -> NDArray[np.int64]:
+    """Return places ``begin`` to ``end - 1`` (default: all) of a keyed permutation of ``range(n)``.
 
+    The same on every platform; any part costs only its own time and memory (``csrc/shuffle.cpp``).
 
-def _signed(word: int) -> int:
-    """Reinterpret an unsigned 64-bit word as torch's int64."""
-    return word - (1 << 64) if word >= 1 << 63 else word
-
-
-def _mix_tensor(x: Tensor) -> Tensor:
-    def logical_shift(value: Tensor, bits: int) -> Tensor:
-        return (value >> bits) & ((1 << (64 - bits)) - 1)
-
-    x = (x ^ logical_shift(x, 30)) * _signed(_MIX1)
-    x = (x ^ logical_shift(x, 27)) * _signed(_MIX2)
-    return x ^ logical_shift(x, 31)
-
-
-def uniform_tensor(keys: Tensor, stream: int) -> Tensor:
-    """Draw one number per key and stream: ``uniform(keys(key, stream))`` in torch, on the keys' device.
-
-    Args:
-        keys: int64 of any shape, the bit patterns of uint64 keys.
-        stream: which of the key's numbers is wanted, such as a layer number.
-
-    Returns:
-        float64 of the same shape, in [0, 1). Equal bit for bit to the NumPy functions of this file.
+    Raises:
+        ValueError: such places do not exist.
     """
-    inner_key = _mix_tensor(keys)
-    state = _mix_tensor(torch.full_like(keys, _signed(_GOLDEN)) ^ inner_key)
-    inner = torch.full_like(keys, _signed(int(_mix_scalar(stream))))
-    state = _mix_tensor((state + _signed(_GOLDEN)) ^ inner)
-    return ((state >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
-
-
-def _mix_scalar(word: int) -> np.uint64:
-    with np.errstate(over="ignore"):
-        return np.uint64(_mix(_as_words(word)))
+    return _plan.permute(key(*parts), n, begin, n if end is None else end)

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from evovlm.csrc import random
 from evovlm.data.index import Index
-from evovlm.data.plan import LossWeighting, Pack, loss_weights
+from evovlm.data.packs import Pack
 from evovlm.data.sample import IGNORE, expand_sample
+from evovlm.data.step_plan import LossWeighting, loss_weights
 from evovlm.models.v2pe import DELTAS, segment_positions
 
 
@@ -103,22 +104,27 @@ def build_microbatch(index: Index, pack: Pack, settings: BatchSettings) -> Micro
     positions = np.empty(T, np.float32)
     borders = [0]
     rows = [np.empty(0, np.int64)]
-    for sample, visit in zip(pack.samples.tolist(), pack.visits.tolist(), strict=True):
+    columns = (pack.samples, pack.visits, pack.begins, pack.lengths)
+    for sample, visit, first, length in zip(*(column.tolist() for column in columns), strict=True):
         expanded = expand_sample(index, sample, image_context=settings.image_context)
-        begin, end = borders[-1], borders[-1] + len(expanded.tokens)
-        if end > T:
-            raise ValueError(f"sample '{index.name(sample)}' ends at token {end} of a pack of {T}")
-        tokens[begin:end] = expanded.tokens
-        labels[begin:end] = expanded.labels
-        supervised = expanded.labels != IGNORE
+        whole = length == len(expanded.tokens)
+        begin, end = borders[-1], borders[-1] + length
+        if end > T or first + length > len(expanded.tokens):
+            raise ValueError(
+                f"sample '{index.name(sample)}': tokens {first} to {first + length} of {len(expanded.tokens)} end at "
+                f"token {end} of a pack of {T}"
+            )
+        tokens[begin:end] = expanded.tokens[first : first + length]
+        labels[begin:end] = expanded.labels[first : first + length]
+        supervised = labels[begin:end] != IGNORE
         count, planned = int(supervised.sum()), int(index.samples["num_supervised"][sample])
-        if count != planned:
+        if whole and count != planned:
             raise ValueError(
                 f"sample '{index.name(sample)}' has {count} targets, but the index says {planned}: rebuild the index"
             )
         weights[begin:end] = np.where(supervised, loss_weights(count, settings.loss_weighting), 0.0)
         deltas = run_deltas(settings.v2pe, settings.seed, sample, visit, len(expanded.runs))
-        positions[begin:end] = segment_positions(len(expanded.tokens), expanded.runs, deltas)
+        positions[begin:end] = segment_positions(length, expanded.runs, deltas)  # a text that is split has no runs
         rows += [np.arange(begin + start, begin + start + length) for start, length in expanded.runs]
         borders.append(end)
     if borders[-1] < T:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from evovlm.data.errors import MetaError, Reason, SampleError
 from evovlm.data.index_current import is_current, settings_hash, source_files
-from evovlm.data.index_format import FORMAT_VERSION, DatasetInfo, IndexMeta, TokenSource
+from evovlm.data.index_format import FORMAT_VERSION, MAX_GRID_TILES, DatasetInfo, IndexMeta, TokenSource
 from evovlm.data.index_settings import IndexSettings
 from evovlm.data.index_tasks import Task, plan_corpus, plan_lines
 from evovlm.data.index_work import work
@@ -154,6 +154,11 @@ def _plan(dataset: DatasetMeta, settings: IndexSettings, vocab_size: int, source
         raise MetaError(
             f"dataset '{dataset.name}': max_dynamic_patch = {dataset.max_tiles} is below "
             f"min_tiles = {settings.min_tiles}: raise it or lower min_tiles"
+        )
+    if dataset.max_tiles is not None and dataset.max_tiles > MAX_GRID_TILES:
+        raise MetaError(
+            f"dataset '{dataset.name}': max_dynamic_patch = {dataset.max_tiles} is above {MAX_GRID_TILES}, the most "
+            "tiles of an image that an index can hold: lower it"
         )
     if dataset.format == "megatron":
         tasks, num_lines, cut_to, source = plan_corpus(dataset, settings, vocab_size)

@@ -15,6 +15,7 @@ without template, supervised everywhere but at ``<img>`` and ``</img>``. Source:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -121,13 +122,23 @@ def expand(
         ids int32 and supervised bool, both [n + sum(run_lengths)]; runs are never supervised.
 
     Raises:
-        ValueError: numbers of places and of runs differ.
+        ValueError: numbers of places and of runs differ, or places do not ascend.
     """
     places, lengths = np.asarray(insert_at, dtype=np.int64), np.asarray(run_lengths, dtype=np.int64)
     if places.shape != lengths.shape:
         raise ValueError(f"{places.size} image places but {lengths.size} image runs")
-    before = np.repeat(places, lengths)
-    return np.insert(ids, before, image_context), np.insert(supervised, before, False)
+    total = len(ids) + int(lengths.sum())
+    tokens, targets = np.full(total, image_context, dtype=np.int32), np.zeros(total, dtype=np.bool_)
+    borders = [0, *places.tolist(), len(ids)]
+    shift = 0
+    # A sample has few images: copying the stretches between them beats np.insert several times over.
+    for (begin, end), length in zip(pairwise(borders), (*lengths.tolist(), 0), strict=True):
+        if end < begin:
+            raise ValueError(f"image places must ascend from 0 to {len(ids)} tokens, got {places.tolist()}")
+        tokens[begin + shift : end + shift] = ids[begin:end]
+        targets[begin + shift : end + shift] = supervised[begin:end]
+        shift += length
+    return tokens, targets
 
 
 def place_images(conversations: Sequence[Turn], num_images: int, *, name: str | None = None) -> list[dict[str, str]]:

@@ -6,6 +6,9 @@
 
 Pixels are what InternVL's own code gives, bit for bit: PIL decodes and resizes (no ``draft`` shortcuts), and EXIF
 orientation and transparency are ignored. Unlike there, a truncated file is an error and not a half grey image.
+
+Some tiles of an image can be made alone, with the same pixels: the grid is resized whole, since a part by itself
+would be rounded differently. This file imports neither torch nor pydantic: a process that decodes starts in no time.
 """
 
 import io
@@ -13,7 +16,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +24,9 @@ from PIL import Image, UnidentifiedImageError
 
 from evovlm.csrc.random import choice_index, keys
 from evovlm.data.errors import Reason, SampleError
-from evovlm.data.index_format import ImageRef
+
+if TYPE_CHECKING:
+    from evovlm.data.index_format import ImageRef
 
 Normalization = Literal["imagenet", "clip", "siglip"]
 """Whose mean and standard deviation normalise the pixels."""
@@ -77,15 +82,18 @@ def load_rgb(
         if frame >= 0:
             image.seek(frame)
         image.load()
-        return image.convert("RGB")
+        # `convert` would copy. The class of other formats may decode once more when it is next used.
+        return image if image.mode == "RGB" and image.format == "JPEG" else image.convert("RGB")
 
 
 def load_tiles(
-    ref: ImageRef,
+    ref: "ImageRef",
     tile_size: int,
     normalization: Normalization = "imagenet",
     jpeg_quality: int | Sequence[int] | None = None,
     *,
+    tiles: range | None = None,
+    out: NDArray[np.float32] | None = None,
     max_pixels: int = MAX_PIXELS,
     name: str | None = None,
 ) -> NDArray[np.float32]:
@@ -96,53 +104,80 @@ def load_tiles(
         tile_size: side S of a tile in pixels.
         normalization: mean and standard deviation to use.
         jpeg_quality: degrade each tile by JPEG, at one quality for all or one for each tile; ``None``: not at all.
+        tiles: which tiles to make; ``None``: all.
+        out: where to write them, float32 [N, 3, S, S]; ``None``: a new array.
         max_pixels: limit for the image's width × height, checked on the header before anything is decoded.
         name: the sample's name for error messages.
 
     Returns:
-        float32 [N, 3, S, S], N = cols·rows (+ 1 with a thumbnail): tiles row by row, thumbnail last.
+        float32 [N, 3, S, S], N = cols·rows (+ 1 with a thumbnail), or as many as asked for: tiles row by row,
+        thumbnail last.
 
     Raises:
         SampleError: the file is missing, not an image, too large, truncated or otherwise damaged.
-        ValueError: not as many qualities as tiles.
+        ValueError: not as many qualities as tiles, no such tiles, or ``out`` has no room for just them.
     """
+    tiles = range(ref.num_tiles) if tiles is None else tiles
+    out = np.empty((len(tiles), 3, tile_size, tile_size), dtype=np.float32) if out is None else out
+    if out.shape != (len(tiles), 3, tile_size, tile_size):
+        raise ValueError(f"{len(tiles)} tiles of {tile_size} pixels do not fit an array of shape {list(out.shape)}")
+    qualities = [jpeg_quality] * len(tiles) if isinstance(jpeg_quality, int) else jpeg_quality
     image = load_rgb(ref.path, ref.frame, max_pixels=max_pixels, name=name)
-    return normalize(cut_tiles(image, ref.cols, ref.rows, ref.thumbnail, tile_size, jpeg_quality), normalization)
+    write_tiles(image, ref.cols, ref.rows, ref.thumbnail, tiles, normalization, qualities, out)
+    return out
 
 
-def cut_tiles(
+def write_tiles(
     image: Image.Image,
     cols: int,
     rows: int,
     thumbnail: bool,
-    tile_size: int,
-    jpeg_quality: int | Sequence[int] | None = None,
-) -> NDArray[np.uint8]:
-    """Resize an RGB image to a grid and cut it: uint8 [N, S, S, 3], row by row, thumbnail last.
+    tiles: range,
+    normalization: Normalization,
+    jpeg_qualities: Sequence[int] | None,
+    out: NDArray[np.float32],
+) -> None:
+    """Resize an RGB image to a grid and write some of its tiles, normalised, to ``out``, float32 [N, 3, S, S].
 
     Raises:
-        ValueError: not as many JPEG qualities as tiles.
+        ValueError: not as many JPEG qualities as tiles, or the grid has no such tiles.
     """
-    grid = np.asarray(image.resize((cols * tile_size, rows * tile_size), Image.Resampling.BICUBIC))
-    tiles = np.empty((cols * rows + thumbnail, tile_size, tile_size, 3), dtype=np.uint8)
-    in_grid = tiles[: cols * rows].reshape(rows, cols, tile_size, tile_size, 3)
-    in_grid[:] = grid.reshape(rows, tile_size, cols, tile_size, 3).swapaxes(1, 2)
-    if thumbnail:
-        tiles[-1] = np.asarray(image.resize((tile_size, tile_size), Image.Resampling.BICUBIC))
-    if jpeg_quality is not None:
-        qualities = [jpeg_quality] * len(tiles) if isinstance(jpeg_quality, int) else list(jpeg_quality)
-        if len(qualities) != len(tiles):
-            raise ValueError(f"{len(qualities)} JPEG qualities for {len(tiles)} tiles")
-        for tile, quality in zip(tiles, qualities, strict=True):
-            tile[:] = degrade_jpeg(tile, int(quality))
-    return tiles
+    if jpeg_qualities is not None and len(jpeg_qualities) != len(tiles):
+        raise ValueError(f"{len(jpeg_qualities)} JPEG qualities for {len(tiles)} tiles")
+    for place, tile in enumerate(cut_tiles(image, cols, rows, thumbnail, out.shape[-1], tiles)):
+        degraded = tile if jpeg_qualities is None else degrade_jpeg(tile, int(jpeg_qualities[place]))
+        normalize(degraded, normalization, out[place])
 
 
-def degrade_jpeg(pixels: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
-    """Encode RGB pixels, uint8 [height, width, 3], as JPEG at a quality and decode them again."""
+def cut_tiles(
+    image: Image.Image, cols: int, rows: int, thumbnail: bool, tile_size: int, tiles: range
+) -> Iterator[Image.Image]:
+    """Resize an RGB image to a grid and yield some of its tiles, S × S: they count row by row, the thumbnail is last.
+
+    Raises:
+        ValueError: the grid has no such tiles.
+    """
+    in_grid, size = cols * rows, tile_size
+    if not tiles:
+        return
+    if not (tiles.step == 1 and tiles.start >= 0 and tiles.stop <= in_grid + thumbnail):
+        raise ValueError(f"tiles {tiles.start} to {tiles.stop - 1} of an image of {in_grid + thumbnail} tiles")
+    if tiles.start < in_grid:
+        grid = image.resize((cols * size, rows * size), Image.Resampling.BICUBIC)
+        for number in range(tiles.start, min(tiles.stop, in_grid)):
+            left, top = number % cols * size, number // cols * size
+            yield grid.crop((left, top, left + size, top + size))
+    if tiles.stop > in_grid:
+        yield image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def degrade_jpeg(tile: Image.Image, quality: int) -> Image.Image:
+    """Encode an RGB image as JPEG at a quality and decode it again."""
     with io.BytesIO() as buffer:
-        Image.fromarray(pixels).save(buffer, format="JPEG", quality=quality)
-        return np.asarray(Image.open(buffer, formats=("JPEG",)))
+        tile.save(buffer, format="JPEG", quality=quality)
+        degraded = Image.open(buffer, formats=("JPEG",))
+        degraded.load()
+        return degraded
 
 
 def jpeg_qualities(seed: int, sample: int, visit: int, image: int, num_tiles: int) -> list[int]:
@@ -151,21 +186,19 @@ def jpeg_qualities(seed: int, sample: int, visit: int, image: int, num_tiles: in
     return [JPEG_QUALITIES[i] for i in drawn.tolist()]
 
 
-def normalize(tiles: NDArray[np.uint8], normalization: Normalization = "imagenet") -> NDArray[np.float32]:
-    """Turn pixels, uint8 [N, S, S, 3], into model input, float32 [N, 3, S, S].
+def normalize(tile: Image.Image, normalization: Normalization, out: NDArray[np.float32]) -> None:
+    """Write an RGB image of S × S pixels as model input, ``(x / 255 − mean) / std``, to ``out``, float32 [3, S, S].
 
     Raises:
         ValueError: unknown normalization.
     """
     if normalization not in MEAN_STD:
         raise ValueError(f"normalization {normalization!r} is not one of {', '.join(MEAN_STD)}")
-    mean, std = (np.array(values, dtype=np.float32)[:, None, None] for values in MEAN_STD[normalization])
-    out = np.empty((len(tiles), 3, *tiles.shape[1:3]), dtype=np.float32)
-    for tile, result in zip(tiles, out, strict=True):  # tile by tile, so that one tile stays in the cache
-        np.divide(tile.transpose(2, 0, 1), np.float32(255), out=result)
-        result -= mean
-        result /= std
-    return out
+    # Plane by plane, so that a plane stays in the cache: faster than a table of the 256 values that a pixel can have.
+    for band, plane, mean, std in zip(tile.split(), out, *MEAN_STD[normalization], strict=True):
+        np.divide(np.asarray(band), np.float32(255), out=plane)
+        plane -= np.float32(mean)
+        plane /= np.float32(std)
 
 
 @contextmanager

@@ -1,32 +1,42 @@
-"""The memory-mapped index that training reads: what every sample costs and where it lies.
+"""The index that training reads: what every sample costs and where it lies.
 
     meta.json ─┐                       index.json     settings, datasets, totals, skips   (``IndexMeta``)
-    *.jsonl   ─┼─► build_index.py ──►  samples.bin    one ``SAMPLE`` row each
-    *.bin/idx ─┘                       images.bin     one ``IMAGE`` row each, in sample order
+    *.jsonl   ─┼─► build_index.py ──►  samples/       a row per sample: columns for planning, and details.bin
+    *.bin/idx ─┘                       images/        a row per image, in sample order; likewise
                                        tokens.bin     collapsed token ids, int32 (``~id``: not supervised)
                                        paths.bin      UTF-8 paths, relative to the dataset's root
                                        skipped.jsonl  every line that did not become a sample, and why
 
 Token ids are stored **collapsed**: an image is ``<img></img>`` with nothing between, and ``insert_at`` says where its
 visual tokens go (``evovlm.data.sample`` expands them). Text corpora in Megatron's format are not copied: their rows
-point into the corpus' own ``.bin``. Opening an index maps files and reads ``index.json``, nothing else.
+point into the corpus' own ``.bin``.
+
+Opening an index maps files and reads ``index.json``, nothing else. Columns are mapped: planning makes those resident
+that it looks at, 16 bytes a sample and 1 an image (``index_format``). Details, tokens and paths are read a sample at a
+time and never become resident.
 """
 
 import os
-from functools import cached_property
+from bisect import bisect_right
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
+from evovlm.data.columns import Columns, check_size, map_table
+from evovlm.data.file_reader import FileReader
 from evovlm.data.index_format import (
+    DETAILS,
     IMAGE,
-    IMAGES_FILE,
+    IMAGE_FILES,
+    IMAGES_FOLDER,
     PATHS_FILE,
     REBUILD,
     SAMPLE,
-    SAMPLES_FILE,
+    SAMPLE_FILES,
+    SAMPLES_FOLDER,
     DatasetInfo,
     ImageRef,
     IndexMeta,
@@ -38,6 +48,7 @@ from evovlm.data.index_format import (
 __all__ = [
     "IMAGE",
     "SAMPLE",
+    "Columns",
     "DatasetInfo",
     "ImageRef",
     "Index",
@@ -60,14 +71,19 @@ class TokenizerLike(Protocol):
         """Hash of the tokenizer's definition."""
 
 
+_OPEN_SOURCES = 64  # token files open at once: a mixture may have more corpora than a process may open files
+_SAMPLE_DETAILS = SAMPLE_FILES[DETAILS]
+_IMAGE_DETAILS = IMAGE_FILES[DETAILS]
+
+
 class Index:
-    """A memory-mapped index; see the head of this file for the files behind it.
+    """An open index; see the head of this file for the files behind it. Threads and forked processes may share it.
 
     Attributes:
         path: the index folder.
         meta: ``index.json``.
-        samples: ``SAMPLE`` rows, read-only.
-        images: ``IMAGE`` rows, read-only; those of a sample lie together, in order of appearance.
+        samples: a row per sample, with the fields of ``SAMPLE`` as mapped, read-only columns.
+        images: a row per image, with the fields of ``IMAGE``; those of a sample lie together, in order of appearance.
         datasets: one entry per dataset, each a contiguous range of samples.
     """
 
@@ -75,9 +91,16 @@ class Index:
         self.path = path
         self.meta = meta
         self.datasets: tuple[DatasetInfo, ...] = meta.datasets
-        self.samples: NDArray[np.void] = _map(path / SAMPLES_FILE, SAMPLE, meta.num_samples)
-        self.images: NDArray[np.void] = _map(path / IMAGES_FILE, IMAGE, meta.num_images)
-        self._paths: NDArray[np.uint8] = _map(path / PATHS_FILE, np.uint8, meta.path_bytes)
+        self.samples = map_table(path / SAMPLES_FOLDER, SAMPLE_FILES, meta.num_samples)
+        self.images = map_table(path / IMAGES_FOLDER, IMAGE_FILES, meta.num_images)
+        check_size(path / PATHS_FILE, meta.path_bytes)
+        self._sample_details = FileReader(path / SAMPLES_FOLDER / f"{DETAILS}.bin")
+        self._image_details = FileReader(path / IMAGES_FOLDER / f"{DETAILS}.bin")
+        self._paths = FileReader(path / PATHS_FILE)
+        self._source_files = lru_cache(_OPEN_SOURCES)(partial(_open_source, path, meta.sources))
+        self._source_dtypes = [np.dtype(source.dtype) for source in meta.sources]
+        self._firsts = [dataset.first for dataset in meta.datasets]
+        self._roots = [Path(dataset.root) for dataset in meta.datasets]
 
     @classmethod
     def open(cls, path: str | Path) -> "Index":
@@ -105,51 +128,73 @@ class Index:
     def __len__(self) -> int:
         return len(self.samples)
 
-    @cached_property
-    def _token_files(self) -> tuple[NDArray[Any], ...]:
-        files = []
-        for source in self.meta.sources:
-            dtype = np.dtype(source.dtype)
-            files.append(_map(self.path / source.path, dtype, source.num_bytes // dtype.itemsize))
-        return tuple(files)
-
     def tokens(self, sample: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Return the collapsed token ids int32 [num_stored] of a sample, and bool [num_stored]: is it supervised."""
-        row = self.samples[sample]
-        source = int(row["token_source"])
-        offset = int(row["token_offset"])
-        stored = self._token_files[source][offset : offset + int(row["num_stored"])]
+        """Return the collapsed token ids int32 [num_stored] of a sample, and bool [num_stored]: is it supervised.
+
+        Raises:
+            IndexError: there is no such sample.
+            IndexMismatchError: the file of its tokens was cut off since the index was opened.
+        """
+        offset, num_stored, _, _, source = self._details(sample)
+        dtype = self._source_dtypes[source]
+        raw = self._source_files(source).read(offset * dtype.itemsize, num_stored * dtype.itemsize)
+        stored = np.frombuffer(raw, dtype)
         if not self.meta.sources[source].own:
-            return stored.astype(np.int32), np.ones(len(stored), dtype=np.bool_)
-        supervised = np.asarray(stored >= 0)
-        return np.where(supervised, stored, ~stored).astype(np.int32, copy=False), supervised
+            return stored.astype(np.int32), np.ones(num_stored, dtype=np.bool_)
+        # The shift gives -1 for ~id, 0 for id: the exclusive or turns ~id to id.
+        return np.bitwise_xor(stored, stored >> 31), stored >= 0
 
     def image_refs(self, sample: int) -> list[ImageRef]:
-        """Return the images of a sample in order of appearance."""
-        row = self.samples[sample]
-        first, count = int(row["first_image"]), int(row["num_images"])
-        root = Path(self.datasets[int(row["dataset"])].root)
+        """Return the images of a sample in order of appearance.
+
+        Raises:
+            IndexError: there is no such sample.
+            IndexMismatchError: a file was cut off since the index was opened.
+        """
+        self._check(sample)
+        count = int(self.samples["num_images"][sample])
+        if not count:
+            return []
+        first = int(self.samples["first_image"][sample])
+        size = _IMAGE_DETAILS.itemsize
+        rows = np.frombuffer(self._image_details.read(first * size, count * size), _IMAGE_DETAILS).tolist()
+        tiles = self.images["num_tiles"][first : first + count].tolist()
+        root = self._roots[self._dataset_number(sample)]
+        place, path = (-1, -1), root
         refs = []
-        for image in self.images[first : first + count]:
-            start = int(image["path_offset"])
-            name = self._paths[start : start + int(image["path_length"])].tobytes()
-            refs.append(
-                ImageRef(
-                    path=root / os.fsdecode(name),
-                    frame=int(image["frame"]),
-                    cols=int(image["cols"]),
-                    rows=int(image["rows"]),
-                    thumbnail=bool(image["thumbnail"]),
-                    num_tiles=int(image["num_tiles"]),
-                    insert_at=int(image["insert_at"]),
-                )
-            )
+        for (begin, length, insert_at, frame, cols, grid_rows, thumbnail), num_tiles in zip(rows, tiles, strict=True):
+            if (begin, length) != place:  # frames of a file come one after the other
+                place, path = (begin, length), root / os.fsdecode(self._paths.read(begin, length))
+            refs.append(ImageRef(path, frame, cols, grid_rows, thumbnail, num_tiles, insert_at))
         return refs
+
+    def dataset_of(self, sample: int) -> DatasetInfo:
+        """Return the dataset of a sample; nothing of the files is touched.
+
+        Raises:
+            IndexError: there is no such sample.
+        """
+        self._check(sample)
+        return self.datasets[self._dataset_number(sample)]
 
     def name(self, sample: int) -> str:
         """Name a sample as error messages do: dataset and line (from 1), such as ``chart/17``."""
-        row = self.samples[sample]
-        return f"{self.datasets[int(row['dataset'])].name}/{int(row['line'])}"
+        _, _, line, dataset, _ = self._details(sample)
+        return f"{self.datasets[dataset].name}/{line}"
+
+    def _details(self, sample: int) -> tuple[int, int, int, int, int]:
+        """Token offset, stored tokens, line, dataset and token source of a sample."""
+        self._check(sample)
+        raw = self._sample_details.read(sample * _SAMPLE_DETAILS.itemsize, _SAMPLE_DETAILS.itemsize)
+        row: tuple[int, int, int, int, int] = np.frombuffer(raw, _SAMPLE_DETAILS).item()
+        return row
+
+    def _dataset_number(self, sample: int) -> int:
+        return bisect_right(self._firsts, sample) - 1  # an empty dataset begins where the next does
+
+    def _check(self, sample: int) -> None:
+        if not 0 <= sample < len(self.samples):
+            raise IndexError(f"index '{self.path}' has {len(self.samples)} samples, there is no sample {sample}")
 
     def check_tokenizer(self, tokenizer: TokenizerLike) -> None:
         """Raise ``IndexMismatchError`` unless the index was built with this very tokenizer."""
@@ -187,13 +232,5 @@ class Index:
                 )
 
 
-def _map(file: Path, dtype: DTypeLike, count: int) -> NDArray[Any]:
-    """Map ``count`` elements of a file, read-only; the file must hold exactly that many."""
-    expected = count * np.dtype(dtype).itemsize
-    size = file.stat().st_size if file.exists() else -1
-    if size != expected:
-        found = f"{size} bytes" if size >= 0 else "nothing"
-        raise IndexMismatchError(f"'{file}' should hold {expected} bytes, found {found}: {REBUILD}")
-    if count == 0:  # an empty file cannot be mapped
-        return np.empty(0, dtype=dtype)
-    return np.memmap(file, dtype=dtype, mode="r", shape=(count,)).view(np.ndarray)
+def _open_source(folder: Path, sources: tuple[TokenSource, ...], number: int) -> FileReader:
+    return FileReader(folder / sources[number].path)  # an absolute path of a corpus replaces the folder

@@ -1,7 +1,9 @@
-"""The files of an index: row types of the arrays, and ``index.json`` as typed models.
+"""The files of an index: row types, which fields lie in which file, and ``index.json`` as typed models.
 
-samples.bin  ``SAMPLE`` rows ──first_image, num_images──► images.bin  ``IMAGE`` rows ──path_offset──► paths.bin
-    └── token_source, token_offset, num_stored ──► ``IndexMeta.sources``: tokens.bin, or the .bin of a corpus
+samples/  num_tokens, num_tiles, …   a file for each column that planning looks at
+          details.bin                the other fields, row by row: read for the samples that a rank trains on
+              └── token_source, token_offset, num_stored ──► ``IndexMeta.sources``: tokens.bin, or the .bin of a corpus
+images/   num_tiles.bin, details.bin ──path_offset──► paths.bin
 """
 
 import json
@@ -12,15 +14,18 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX_FILE = "index.json"
-SAMPLES_FILE = "samples.bin"
-IMAGES_FILE = "images.bin"
+SAMPLES_FOLDER = "samples"
+IMAGES_FOLDER = "images"
+DETAILS = "details"
 TOKENS_FILE = "tokens.bin"
 PATHS_FILE = "paths.bin"
 SKIPPED_FILE = "skipped.jsonl"
 REBUILD = "rebuild it with `evovlm index`"
+MAX_GRID_TILES = 254  # with the thumbnail an image's tiles fit in a byte
 
+# Rows in memory, while an index is built.
 SAMPLE = np.dtype(
     [
         ("dataset", "<i4"),  # row of Index.datasets
@@ -47,6 +52,33 @@ IMAGE = np.dtype(
         ("path_length", "<i4"),  # bytes
     ]
 )
+
+# On disk, NAME.bin for each entry. A rank's memory holds what it touches of a file, and planning touches all of the
+# columns in the end: 16 bytes a sample and 1 an image, so these are narrow. The writer checks that values fit.
+SAMPLE_FILES: dict[str, np.dtype[Any]] = {
+    "num_tokens": np.dtype("<i4"),
+    "num_supervised": np.dtype("<i4"),
+    "num_tiles": np.dtype("<i2"),
+    "num_images": np.dtype("<i2"),
+    "first_image": np.dtype("<u4"),
+    DETAILS: np.dtype(
+        [("token_offset", "<i8"), ("num_stored", "<i4"), ("line", "<i4"), ("dataset", "<i2"), ("token_source", "<i2")]
+    ),
+}
+IMAGE_FILES: dict[str, np.dtype[Any]] = {
+    "num_tiles": np.dtype("u1"),
+    DETAILS: np.dtype(
+        [
+            ("path_offset", "<i8"),
+            ("path_length", "<i4"),
+            ("insert_at", "<i4"),
+            ("frame", "<i4"),
+            ("cols", "u1"),
+            ("rows", "u1"),
+            ("thumbnail", "?"),
+        ]
+    ),
+}
 
 
 class IndexMismatchError(ValueError):
@@ -161,8 +193,8 @@ class IndexMeta(_Strict):
         thumbnail: whether images of more than one tile get a thumbnail.
         datasets: in the order of the meta JSON.
         sources: token files.
-        num_samples: rows of samples.bin.
-        num_images: rows of images.bin.
+        num_samples: rows of the files in samples/.
+        num_images: rows of the files in images/.
         num_tokens: expanded tokens of all samples.
         num_supervised: targets of all samples.
         num_tiles: tiles of all samples.

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from evovlm.data.images import MAX_PIXELS
+from evovlm.data.index_format import MAX_GRID_TILES
 from evovlm.data.video import frame_indices
 
 Positive = Annotated[int, Field(ge=1)]
@@ -22,7 +23,8 @@ class IndexSettings(BaseModel):
         tile_size: pixels per tile side.
         tokens_per_tile: visual tokens that the model makes of a tile (256 for 448 pixels).
         min_tiles: fewest tiles of an image's grid.
-        max_tiles: most tiles of an image's grid, without the thumbnail; ``max_dynamic_patch`` of a dataset wins.
+        max_tiles: most tiles of an image's grid, without the thumbnail, at most 254; ``max_dynamic_patch`` of a
+            dataset wins.
         thumbnail: one more tile with the whole image where the grid has more than one.
         max_tokens: most expanded tokens of a sample; None: no limit.
         overlong: what happens to a sample above ``max_tokens``: "skip" counts and lists it; "error" stops; "split"
@@ -49,7 +51,7 @@ class IndexSettings(BaseModel):
     tile_size: Positive = 448
     tokens_per_tile: Positive = 256
     min_tiles: Positive = 1
-    max_tiles: Positive = 12
+    max_tiles: Annotated[int, Field(ge=1, le=MAX_GRID_TILES)] = 12
     thumbnail: bool = True
     max_tokens: Annotated[int, Field(ge=2)] | None = None
     overlong: Literal["skip", "error", "split"] = "skip"

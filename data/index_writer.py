@@ -1,17 +1,18 @@
 """Writes the arrays of an index, chunk after chunk, into a folder that appears under its name only when complete.
 
-    Chunk, Chunk, …  ──append──►  .NAME.partial-PID/{samples,images,tokens,paths}.bin, skipped.jsonl
+    Chunk, Chunk, …  ──append──►  .NAME.partial-PID/   samples/*.bin, images/*.bin, tokens.bin, paths.bin, skipped.jsonl
                                        │ finish: index.json, then one rename
                                        ▼
                                   NAME/
 
-A chunk counts its offsets from its own start; ``append`` moves them to where the files stand. Nothing but the chunk
-at hand is in memory.
+A chunk has rows, and counts its offsets from its own start; ``append`` moves them to where the files stand and takes
+the rows apart into the files of their fields. Nothing but the chunk at hand is in memory.
 """
 
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -20,16 +21,21 @@ from typing import BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from evovlm.data.errors import MetaError
 from evovlm.data.index_format import (
     IMAGE,
-    IMAGES_FILE,
+    IMAGE_FILES,
+    IMAGES_FOLDER,
     INDEX_FILE,
     PATHS_FILE,
-    SAMPLES_FILE,
+    SAMPLE_FILES,
+    SAMPLES_FOLDER,
     SKIPPED_FILE,
     TOKENS_FILE,
     IndexMeta,
 )
+
+_TABLES = {SAMPLES_FOLDER: SAMPLE_FILES, IMAGES_FOLDER: IMAGE_FILES}
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,10 @@ class IndexWriter:
     def __enter__(self) -> Self:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
-        names = (SAMPLES_FILE, IMAGES_FILE, TOKENS_FILE, PATHS_FILE, SKIPPED_FILE)
+        names = [TOKENS_FILE, PATHS_FILE, SKIPPED_FILE]
+        for table, files in _TABLES.items():
+            (self.folder / table).mkdir()
+            names += [f"{table}/{name}.bin" for name in files]
         self._files: dict[str, BinaryIO] = {name: (self.folder / name).open("wb") for name in names}
         return self
 
@@ -135,6 +144,9 @@ class IndexWriter:
             dataset: row of the dataset.
             dataset_name: its name, for ``skipped.jsonl``.
             source: row of the token source; 0 is the own store.
+
+        Raises:
+            MetaError: a number is larger than the index can hold.
         """
         samples, images = chunk.samples.copy(), chunk.images.copy()
         samples["dataset"] = dataset
@@ -143,8 +155,15 @@ class IndexWriter:
         images["path_offset"] += self.path_bytes
         if source == 0:
             samples["token_offset"] += self.num_tokens
-        self._files[SAMPLES_FILE].write(samples.tobytes())
-        self._files[IMAGES_FILE].write(images.tobytes())
+        self._write_rows(SAMPLES_FOLDER, samples, lambda row: f"sample '{dataset_name}/{samples['line'][row]}'")
+        owner = chunk.samples["first_image"]
+        self._write_rows(
+            IMAGES_FOLDER,
+            images,
+            lambda row: (
+                f"an image of sample '{dataset_name}/{samples['line'][np.searchsorted(owner, row, side='right') - 1]}'"
+            ),
+        )
         self._files[TOKENS_FILE].write(chunk.tokens.astype("<i4", copy=False).tobytes())
         self._files[PATHS_FILE].write(chunk.paths)
         for skip in chunk.skips:
@@ -160,6 +179,21 @@ class IndexWriter:
         self.num_images += len(images)
         self.num_tokens += len(chunk.tokens)
         self.path_bytes += len(chunk.paths)
+
+    def _write_rows(self, table: str, rows: NDArray[np.void], name: Callable[[int], str]) -> None:
+        """Write each field of some rows to its file; ``name`` names a row in an error."""
+        for file, dtype in _TABLES[table].items():
+            stored = np.empty(len(rows), dtype)
+            for part in dtype.names or (file,):
+                column = stored[part] if dtype.names else stored
+                column[...] = rows[part]
+                wrong = np.flatnonzero(column != rows[part])
+                if len(wrong):
+                    raise MetaError(
+                        f"{name(int(wrong[0]))} has {part} = {rows[part][wrong[0]]}, but an index holds at most "
+                        f"{np.iinfo(column.dtype).max}: leave it out or make several indexes"
+                    )
+            self._files[f"{table}/{file}.bin"].write(stored.tobytes())
 
     def finish(self, meta: IndexMeta) -> None:
         """Write ``index.json`` last and give the folder its name; an index that stood there goes."""

@@ -44,25 +44,28 @@ def expand_sample(index: Index, sample: int, *, image_context: int) -> ExpandedS
         image_context: id of ``<IMG_CONTEXT>``.
 
     Returns:
-        The expanded sample; its length is ``index.samples[sample]["num_tokens"]``.
+        The expanded sample; its length is ``index.samples["num_tokens"][sample]``.
 
     Raises:
         ValueError: the expanded sample is not what its row in the index says (a damaged index).
     """
     ids, supervised = index.tokens(sample)
     refs = index.image_refs(sample)
-    lengths = np.array([ref.num_tiles for ref in refs], dtype=np.int64) * index.meta.tokens_per_tile
-    insert_at = np.array([ref.insert_at for ref in refs], dtype=np.int64)
+    runs: list[tuple[int, int]] = []
+    num_visual = 0
+    for ref in refs:
+        length = ref.num_tiles * index.meta.tokens_per_tile
+        runs.append((ref.insert_at + num_visual, length))  # the runs before an image push it to the right
+        num_visual += length
 
-    total = len(ids) + int(lengths.sum())
-    if total != int(index.samples[sample]["num_tokens"]):
+    total, planned = len(ids) + num_visual, int(index.samples["num_tokens"][sample])
+    if total != planned:
         raise ValueError(
-            f"sample '{index.name(sample)}': {len(ids)} stored and {int(lengths.sum())} visual tokens, but the index "
-            f"says {int(index.samples[sample]['num_tokens'])} in all: rebuild the index"
+            f"sample '{index.name(sample)}': {len(ids)} stored and {num_visual} visual tokens, but the index says "
+            f"{planned} in all: rebuild the index"
         )
-    tokens, supervised = expand(ids, supervised, insert_at, lengths, image_context)
+    lengths = [length for _, length in runs]
+    tokens, supervised = expand(ids, supervised, [ref.insert_at for ref in refs], lengths, image_context)
     labels = np.full(total, IGNORE, dtype=np.int64)
-    labels[:-1] = np.where(supervised[1:], tokens[1:], IGNORE)
-    starts = insert_at + np.cumsum(lengths) - lengths  # the runs before an image push it to the right
-    runs = list(zip(starts.tolist(), lengths.tolist(), strict=True))
+    np.copyto(labels[:-1], tokens[1:], where=supervised[1:])
     return ExpandedSample(tokens, labels, runs, refs)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from evovlm.data.batch import MicroBatch
 from evovlm.data.step_batch import StepBatch
-from evovlm.data.step_plan import assign_images
+from evovlm.data.step_plan import DataLayout
+from evovlm.parallel.balance import balance_images
 from evovlm.parallel.layout import ParallelPlan
 from evovlm.parallel.routes import Routes, TileReceives, TileSends
 
@@ -27,7 +28,7 @@ class WholePack(MicroBatch):
     Attributes:
         tiles: float32 ``[N, 3, P, P]``; N may be 0.
         tile_keys: int64 ``[N]``, keys of drop path.
-        image_tiles: Tiles of each image; an image is encoded whole on one rank.
+        image_tiles: Tiles of each image; an image is encoded whole on one rank where that is balanced.
     """
 
     tiles: Tensor
@@ -54,8 +55,9 @@ def share_out(packs: Sequence[WholePack], plan: ParallelPlan, rank: int, tokens_
         _check(i, pack, tokens_per_tile)
     of_image = np.array([count for pack in packs for count in pack.image_tiles], np.int32)
     pack_of_image = np.repeat(np.arange(len(packs)), [len(pack.image_tiles) for pack in packs])
-    home = (pack_of_image % dp * num_encoders // dp).astype(np.int32)
-    encoder = np.repeat(assign_images(of_image, home, num_encoders), of_image).astype(np.int64)
+    home = DataLayout(dp, len(packs) // dp, num_encoders, plan.llm.pp).home(pack_of_image % dp)
+    pieces = balance_images(of_image, num_encoders, home)
+    encoder = np.repeat(pieces.encoder, pieces.tiles).astype(np.int64)
     pack_of_tile = np.repeat(pack_of_image, of_image)
     first_row = np.concatenate([np.empty(0, np.int64), *(p.visual_rows.numpy()[::tokens_per_tile] for p in packs)])
     slot = np.empty_like(encoder)

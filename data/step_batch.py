@@ -4,9 +4,10 @@
               ├─ images of my encoder           ─► tiles [N, 3, P, P]     decoded nowhere else
               └─ both ends of every tile        ─► Routes                 sends and receives of the exchange
 
-A rank expands only the samples that it trains on or encodes an image of; what the others do follows from the plan.
+A rank reads only the tokens that it trains on and the images that it encodes; what the others do follows from the plan.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,6 @@ from evovlm.csrc import random
 from evovlm.data.batch import BatchSettings, MicroBatch, build_microbatch
 from evovlm.data.images import jpeg_qualities
 from evovlm.data.index import ImageRef, Index
-from evovlm.data.sample import expand_sample
 from evovlm.data.step_plan import StepPlan
 from evovlm.parallel.routes import Routes, TileReceives, TileSends
 
@@ -51,50 +51,70 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class ImageJob:
-    """One image to decode into ``StepBatch.tiles[first : first + ref.num_tiles]``.
+    """Tiles ``begin`` to ``end - 1`` of an image, to decode into ``StepBatch.tiles[slot : slot + end - begin]``.
 
     Attributes:
-        sample: row of the index, for error messages.
+        name: the sample's, for error messages.
         ref: file and tile grid.
-        first: first tile among those of this encoder.
-        jpeg_qualities: degrade each tile to its quality; None: do not.
+        begin: first tile wanted.
+        end: tile after the last one wanted.
+        slot: place of the first among the tiles of this encoder.
+        jpeg_qualities: degrade each of these tiles to its quality; None: do not.
     """
 
-    sample: int
+    name: str
     ref: ImageRef
-    first: int
+    begin: int
+    end: int
+    slot: int
     jpeg_qualities: list[int] | None
 
 
 @dataclass(frozen=True, eq=False)
 class _Images:
-    """Every image of a step, one entry each: its pack, segment, and number in the sample; where it is encoded."""
+    """Every piece of a step, one entry each: where its image stands in the packs, and where it is encoded."""
 
     pack: NDArray[np.int64]
-    segment: NDArray[np.int64]
-    number: NDArray[np.int64]
+    segment: NDArray[np.int64]  # of all segments of the step
+    number: NDArray[np.int64]  # of the image in its sample
+    begin: NDArray[np.int64]  # first tile, in the image
     num_tiles: NDArray[np.int64]
-    first_tile: NDArray[np.int64]
+    first_tile: NDArray[np.int64]  # of all tiles of the step
     encoder: NDArray[np.int64]
     slot: NDArray[np.int64]
 
     @classmethod
-    def of(cls, index: Index, plan: StepPlan, num_encoders: int) -> "_Images":
-        counts = [index.samples["num_images"][p.samples].astype(np.int64) for p in plan.packs]
-        per_sample = np.concatenate(counts)
-        pack = np.repeat(np.arange(len(counts)), [int(c.sum()) for c in counts])
-        segment = np.repeat(np.concatenate([np.arange(len(c)) for c in counts]), per_sample)
-        number = np.arange(len(segment)) - np.repeat(np.cumsum(per_sample) - per_sample, per_sample)
-        tiles, encoder = plan.image_tiles.astype(np.int64), plan.encoder_rank.astype(np.int64)
+    def of(cls, index: Index, plan: StepPlan) -> "_Images":
+        pieces, packs = plan.pieces, plan.packs
+        counts = index.samples["num_images"][packs.samples].astype(np.int64)
+        segment = np.repeat(np.arange(len(counts)), counts)
+        number = np.arange(len(segment)) - np.repeat(np.cumsum(counts) - counts, counts)
+        image, tiles = pieces.image, pieces.tiles.astype(np.int64)
+        of_encoder = np.argsort(pieces.encoder, kind="stable")
+        ends = np.cumsum(tiles[of_encoder])
         slot = np.empty_like(tiles)
-        for e in range(num_encoders):
-            mine = encoder == e
-            slot[mine] = np.cumsum(tiles[mine]) - tiles[mine]
-        return cls(pack, segment, number, tiles, np.cumsum(tiles) - tiles, encoder, slot)
+        slot[of_encoder] = ends - tiles[of_encoder]
+        slot -= np.concatenate([[0], np.cumsum(plan.vit_load)])[pieces.encoder]
+        return cls(
+            packs.pack_of[segment[image]],
+            segment[image],
+            number[image],
+            pieces.first.astype(np.int64),
+            tiles,
+            np.cumsum(tiles) - tiles,
+            pieces.encoder.astype(np.int64),
+            slot,
+        )
 
 
 def build_step(
-    index: Index, plan: StepPlan, settings: BatchSettings, *, data_rank: int, encoder: int, num_encoders: int
+    index: Index,
+    plan: StepPlan,
+    settings: BatchSettings,
+    *,
+    data_rank: int,
+    encoder: int,
+    allocate: Callable[[int], Tensor] | None = None,
 ) -> tuple[StepBatch, list[ImageJob]]:
     """Make the tensors of a rank; tiles are allocated, and the jobs say what to decode into them.
 
@@ -104,12 +124,12 @@ def build_step(
         settings: see ``BatchSettings``.
         data_rank: this rank's data-parallel rank of the LLM.
         encoder: this rank's data-parallel rank of the ViT.
-        num_encoders: data-parallel ranks of the ViT.
+        allocate: makes an uninitialised float32 [N, 3, P, P] for N tiles; ordinary memory by default.
 
     Raises:
         ValueError: a sample is not what its row in the index says.
     """
-    images = _Images.of(index, plan, num_encoders)
+    images = _Images.of(index, plan)
     per_tile = index.meta.tokens_per_tile
     packs, received = [], []
     for number in plan.assignment[data_rank].tolist():
@@ -117,11 +137,10 @@ def build_step(
         packs.append(pack)
         received.append(pack.visual_rows.numpy()[::per_tile])  # first row of each tile, in order
     sends, jobs, keys = _sends(index, plan, images, settings, encoder)
-    size = index.meta.tile_size
-    num_tiles = np.bincount(images.encoder, weights=images.num_tiles, minlength=num_encoders).astype(np.int64)
+    size, num_tiles = index.meta.tile_size, plan.vit_load
     batch = StepBatch(
         packs=packs,
-        tiles=torch.empty(int(num_tiles[encoder]), 3, size, size),
+        tiles=(allocate or (lambda n: torch.empty(n, 3, size, size)))(int(num_tiles[encoder])),
         tile_keys=torch.from_numpy(np.concatenate(keys).view(np.int64)),
         routes=Routes(sends, _receives(plan, images, data_rank, np.concatenate(received)), num_tiles),
         tokens_per_tile=per_tile,
@@ -130,7 +149,7 @@ def build_step(
 
 
 def _tiles(images: _Images, chosen: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """For each tile of the chosen images: its image, and its number in it."""
+    """For each tile of the chosen pieces: its piece, and its number in it."""
     counts = images.num_tiles[chosen]
     inside = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.repeat(chosen, counts), inside
@@ -154,33 +173,38 @@ def _sends(
     index: Index, plan: StepPlan, images: _Images, settings: BatchSettings, encoder: int
 ) -> tuple[TileSends, list[ImageJob], list[NDArray[np.uint64]]]:
     """Where the tiles of this encoder go, what it decodes, and the keys of their drop path."""
-    data_rank, microbatch = np.empty((2, len(plan.packs)), np.int64)
-    for rank, row in enumerate(plan.assignment.tolist()):
-        data_rank[row], microbatch[row] = rank, np.arange(len(row))
+    packs, per_tile = plan.packs, index.meta.tokens_per_tile
+    data_rank, microbatch = np.empty((2, len(packs)), np.int64)
+    ranks, microbatches = plan.assignment.shape
+    data_rank[plan.assignment], microbatch[plan.assignment] = np.arange(ranks)[:, None], np.arange(microbatches)
+    before = np.cumsum(packs.lengths) - packs.lengths
     chosen = np.flatnonzero(images.encoder == encoder)
     first_rows = np.empty(len(chosen), np.int64)
     jobs: list[ImageJob] = []
     keys = [np.empty(0, np.uint64)]
-    expanded, expanded_place = None, (-1, -1)
-    for i, image in enumerate(chosen.tolist()):
-        place = (int(images.pack[image]), int(images.segment[image]))
-        pack, segment, number = plan.packs[place[0]], place[1], int(images.number[image])
-        sample, visit = int(pack.samples[segment]), int(pack.visits[segment])
-        if expanded is None or place != expanded_place:  # images of a sample follow one another
-            expanded, expanded_place = expand_sample(index, sample, image_context=settings.image_context), place
-        begin = int(index.samples["num_tokens"][pack.samples[:segment]].sum())
-        first_rows[i] = begin + expanded.runs[number][0]
-        ref = expanded.refs[number]
-        degrade = settings.augment and index.datasets[int(index.samples["dataset"][sample])].augment
-        qualities = jpeg_qualities(settings.seed, sample, visit, number, ref.num_tiles) if degrade else None
-        jobs.append(ImageJob(sample, ref, int(images.slot[image]), qualities))
-        keys.append(random.keys("drop_path", settings.seed, sample, visit, number, np.arange(ref.num_tiles)))
+    last, refs = -1, []
+    for i, piece in enumerate(chosen.tolist()):
+        segment, number = int(images.segment[piece]), int(images.number[piece])
+        sample, visit = int(packs.samples[segment]), int(packs.visits[segment])
+        if segment != last:  # images of a sample follow one another
+            last, refs = segment, index.image_refs(sample)
+        ref, begin, count = refs[number], int(images.begin[piece]), int(images.num_tiles[piece])
+        earlier = sum(other.num_tiles for other in refs[:number]) + begin
+        start = before[segment] - before[packs.starts[images.pack[piece]]]
+        first_rows[i] = start + ref.insert_at + earlier * per_tile
+        qualities = None
+        if settings.augment and index.dataset_of(sample).augment:
+            drawn = jpeg_qualities(settings.seed, sample, visit, number, ref.num_tiles)
+            qualities = drawn[begin : begin + count]
+        jobs.append(ImageJob(index.name(sample), ref, begin, begin + count, int(images.slot[piece]), qualities))
+        tiles = np.arange(begin, begin + count)
+        keys.append(random.keys("drop_path", settings.seed, sample, visit, number, tiles))
     image_of, inside = _tiles(images, chosen)
     sends = TileSends(
         slot=images.slot[image_of] + inside,
         number=images.first_tile[image_of] + inside,
         dp=data_rank[images.pack[image_of]],
         microbatch=microbatch[images.pack[image_of]],
-        row=np.repeat(first_rows, images.num_tiles[chosen]) + inside * index.meta.tokens_per_tile,
+        row=np.repeat(first_rows, images.num_tiles[chosen]) + inside * per_tile,
     )
     return sends, jobs, keys

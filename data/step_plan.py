@@ -4,17 +4,20 @@ packs       0  1  2  3                the same under every layout
             │
 assignment  rank 0: 0 3               [ranks, microbatches]
             rank 1: 1 2
-images      a b c d e f               each whole on one encoder, encoders equally loaded
+pieces      a b c d d e f             images, whole unless one alone is too much for an encoder
+            │
+encoder     0 1 1 0 1 0 0             encoders equally loaded
 W = Σ n·w(n) over the step's samples  the loss of the step is Σ w·CE / W
 """
 
 import hashlib
-import heapq
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from evovlm.data.packs import Packs
 
 LossWeighting = Literal["token", "sample", "square"]
 """How much a target of a sample with n targets weighs: 1, 1/n or 1/√n (spec §3.5)."""
@@ -28,35 +31,52 @@ class DataLayout:
         num_ranks: data-parallel ranks of the LLM.
         num_microbatches: packs that each of them trains on, one after another, in a step.
         num_encoders: data-parallel ranks of the ViT; 0 means as many as of the LLM.
+        num_stages: pipeline stages of the LLM; visual tokens go to ranks of the first.
+        node_encoders: data-parallel ranks of the ViT on one node; 0: all.
     """
 
     num_ranks: int
     num_microbatches: int
     num_encoders: int = 0
+    num_stages: int = 1
+    node_encoders: int = 0
 
     @property
     def encoders(self) -> int:
         """Data-parallel ranks of the ViT."""
         return self.num_encoders or self.num_ranks
 
+    def home(self, rank: NDArray[Any]) -> NDArray[np.int32]:
+        """An encoder for each image that lies beside the rank that holds the image's pack.
+
+        Args:
+            rank: integers [images], the data-parallel rank of each image's pack. Where several encoders lie beside
+                it, its images take them in turn.
+
+        Returns:
+            int32 [images].
+        """
+        first = rank.astype(np.int64) * self.encoders // (self.num_ranks * self.num_stages)
+        beside = max(1, self.encoders // (self.num_ranks * self.num_stages))
+        home: NDArray[np.int32] = (first + np.arange(len(rank)) % beside).astype(np.int32)
+        return home
+
 
 @dataclass(frozen=True, eq=False)
-class Pack:
-    """One LLM sequence; without samples it is nothing but padding.
+class Pieces:
+    """What each encoder encodes: images, whole or in parts.
 
     Attributes:
-        samples: int64 [S], rows of the index, one segment each, in this order.
-        visits: int64 [S], how often each was drawn before in the run.
-        num_tokens: tokens without padding.
-        num_tiles: tiles of all samples.
-        num_supervised: targets of the loss.
+        image: int32 [P], the image among those of the step.
+        first: int32 [P], first tile in the image; 0 unless the image is split.
+        tiles: int32 [P], tiles of the piece.
+        encoder: int32 [P], the data-parallel rank of the ViT that encodes it.
     """
 
-    samples: NDArray[np.int64]
-    visits: NDArray[np.int64]
-    num_tokens: int
-    num_tiles: int
-    num_supervised: int
+    image: NDArray[np.int32]
+    first: NDArray[np.int32]
+    tiles: NDArray[np.int32]
+    encoder: NDArray[np.int32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,42 +87,73 @@ class StepPlan:
         step: counted from 0.
         epoch: that of the first pack.
         packs: the packs of the step, the same under every layout.
+        pack_costs: int64 [G], work of the LLM for each pack, in units of the cost model.
         assignment: int32 [R, M], the pack of each data-parallel rank and microbatch.
         image_tiles: int32 [images], tiles of each image; images in the order of packs, of samples in a pack, of
             images in a sample.
-        encoder_rank: int32 [images], the data-parallel rank of the ViT that encodes each image.
-        loss_denominator: W = Σ n·w(n) over all samples; the step's loss is Σ w·CE / W.
-        num_samples: segments.
+        pieces: what each encoder encodes, in the order of images.
+        num_encoders: data-parallel ranks of the ViT.
+        supervised: int64 [S], targets of each segment.
+        loss_denominator: W = Σ n·w(n) over all segments; the step's loss is Σ w·CE / W.
+        outliers: int64, samples whose cost alone is more than the mean cost of a rank.
         num_tokens: LLM tokens without padding.
         num_tiles: tiles.
         num_visual_tokens: tokens made of tiles.
-        num_supervised: targets.
     """
 
     step: int
     epoch: int
-    packs: tuple[Pack, ...]
+    packs: Packs
+    pack_costs: NDArray[np.int64]
     assignment: NDArray[np.int32]
     image_tiles: NDArray[np.int32]
-    encoder_rank: NDArray[np.int32]
+    pieces: Pieces
+    num_encoders: int
+    supervised: NDArray[np.int64]
     loss_denominator: float
-    num_samples: int
+    outliers: NDArray[np.int64]
     num_tokens: int
     num_tiles: int
     num_visual_tokens: int
-    num_supervised: int
+
+    @property
+    def num_samples(self) -> int:
+        """Segments of the step."""
+        return len(self.packs.samples)
+
+    @property
+    def num_supervised(self) -> int:
+        """Targets of the step."""
+        return int(self.supervised.sum())
+
+    @property
+    def llm_load(self) -> NDArray[np.int64]:
+        """int64 [R], cost of each data-parallel rank of the LLM."""
+        load: NDArray[np.int64] = self.pack_costs[self.assignment].sum(axis=1)
+        return load
+
+    @property
+    def vit_load(self) -> NDArray[np.int64]:
+        """int64 [encoders], tiles of each."""
+        load = np.bincount(self.pieces.encoder, weights=self.pieces.tiles, minlength=self.num_encoders)
+        return load.astype(np.int64)
 
     def digest(self) -> str:
         """Hash of all that the plan says, 32 hex digits; equal on every rank, process and platform."""
         state = hashlib.blake2b(digest_size=16)
-        numbers = [self.step, self.epoch, len(self.packs), *self.assignment.shape]
-        for p in self.packs:
-            numbers += [len(p.samples), p.num_tokens, p.num_tiles, p.num_supervised]
-        arrays = [array for p in self.packs for array in (p.samples, p.visits)]
-        for array in (np.array(numbers), *arrays, self.assignment, self.image_tiles, self.encoder_rank):
+        p, pieces = self.packs, self.pieces
+        numbers = np.array([self.step, self.epoch, len(p), *self.assignment.shape, self.num_encoders])
+        arrays = (p.samples, p.visits, p.begins, p.lengths, p.tiles, p.starts, self.supervised)
+        pieces_arrays = (pieces.image, pieces.first, pieces.tiles, pieces.encoder)
+        for array in (numbers, *arrays, self.assignment, self.image_tiles, *pieces_arrays):
             state.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
         state.update(self.loss_denominator.hex().encode())
         return state.hexdigest()
+
+
+def imbalance(load: NDArray[np.int64]) -> float:
+    """Largest load of a rank over the mean, 1 if there is none."""
+    return float(load.max() / load.mean()) if load.any() else 1.0
 
 
 def loss_weights(num_supervised: ArrayLike, weighting: LossWeighting) -> NDArray[np.float64]:
@@ -116,58 +167,3 @@ def loss_weights(num_supervised: ArrayLike, weighting: LossWeighting) -> NDArray
     safe = np.maximum(n, 1.0)
     weights = {"token": np.ones_like(safe), "sample": 1.0 / safe, "square": 1.0 / np.sqrt(safe)}[weighting]
     return np.where(n > 0, weights, 0.0)
-
-
-def assign(costs: list[int], layout: DataLayout) -> NDArray[np.int32]:
-    """Share packs out so that ranks have equal work, and packs of one microbatch cost alike on all ranks.
-
-    Packs go out in rounds, dearest first; in each round the rank with the least work so far takes the dearest pack
-    (longest processing time first, one pack per rank and round). Round m is microbatch m, so ranks that meet in a
-    collective in every microbatch wait little for each other.
-
-    Args:
-        costs: integer cost of each pack.
-        layout: ranks R and microbatches M; R · M packs.
-
-    Returns:
-        int32 [R, M], the pack of each rank and microbatch.
-    """
-    assignment = np.empty((layout.num_ranks, layout.num_microbatches), np.int32)
-    dearest_first = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
-    load = [0] * layout.num_ranks
-    for m in range(layout.num_microbatches):
-        least_first = sorted(range(layout.num_ranks), key=lambda r: (load[r], r))
-        for i, rank in enumerate(least_first):
-            number = dearest_first[m * layout.num_ranks + i]
-            assignment[rank, m] = number
-            load[rank] += costs[number]
-    return assignment
-
-
-def assign_images(num_tiles: NDArray[np.int32], home: NDArray[np.int32], num_encoders: int) -> NDArray[np.int32]:
-    """Share images out over encoders so that these have equally many tiles.
-
-    The largest image goes first, each to the encoder with the fewest tiles so far (longest processing time first).
-    Among equals, an image stays where the pack is that it belongs to, and its visual tokens need not travel.
-
-    Args:
-        num_tiles: int32 [images], tiles of each image.
-        home: int32 [images], the encoder beside each image's pack.
-        num_encoders: encoders.
-
-    Returns:
-        int32 [images], the encoder of each image.
-    """
-    load = [0] * num_encoders
-    least = [(0, encoder) for encoder in range(num_encoders)]
-    chosen = np.empty(len(num_tiles), np.int32)
-    for image in np.argsort(-num_tiles.astype(np.int64), kind="stable").tolist():
-        while least[0][0] != load[least[0][1]]:
-            heapq.heappop(least)  # from before that encoder was given more
-        encoder = int(home[image])
-        if load[encoder] != least[0][0]:
-            encoder = least[0][1]
-        load[encoder] += int(num_tiles[image])
-        heapq.heappush(least, (load[encoder], encoder))
-        chosen[image] = encoder
-    return chosen

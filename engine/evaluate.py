@@ -124,9 +124,8 @@ class Evaluator:
             prompts = [self.prompt(sample) for sample in batch]
             given = generate(model, prompts, max_new_tokens=self.max_new_tokens, stop=stop)
             for sample, ids in zip(batch, given, strict=True):
-                dataset = int(self.index.samples["dataset"][sample])
                 yield Answer(
-                    task=self.index.datasets[dataset].name,
+                    task=self.index.dataset_of(sample).name,
                     name=self.index.name(sample),
                     expected=self.tokenizer.decode(self.question(sample)[1]),
                     given=self.tokenizer.decode(ids),

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from evovlm.models.config import InternVLConfig
@@ -46,10 +47,8 @@ def forward_flops(config: InternVLConfig, num_tiles: int, lengths: Iterable[int]
     vit = num_tiles * (vision.num_layers * vit_layer + patch_embedding)
     hidden = decoder.hidden_size
     projector = num_tiles * config.tokens_per_tile * 2 * (config.shuffled_size * hidden + hidden**2)
-    tokens, squares = 0, 0
-    for length in lengths:
-        tokens += length
-        squares += length * (length + 1) // 2
+    segments = np.fromiter(lengths, np.int64)
+    tokens, squares = int(segments.sum()), int((segments * (segments + 1) // 2).sum())
     heads, kv_heads = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
     matrices = 2 * hidden * heads + 2 * hidden * kv_heads + 3 * hidden * decoder.ffn_size
     llm = decoder.num_layers * (2 * tokens * matrices + 4 * squares * heads)

@@ -137,8 +137,8 @@ class Language:
             )
             self._rows.append(
                 Rows(
-                    tokens.to(self._device),
-                    positions.to(self._device),
+                    tokens.to(self._device, non_blocking=True),
+                    positions.to(self._device, non_blocking=True),
                     attend,
                     Targets.of(labels, weights, self._device),
                     values,

@@ -1,17 +1,21 @@
 """The data of a run: its indexes, planners and loaders, checked against the model."""
 
 import math
-from collections.abc import Mapping, Sequence
 
 from evovlm.data.curriculum import Curriculum
 from evovlm.data.index import Index
 from evovlm.data.loader import Loader, LoaderSettings
-from evovlm.data.mixture import Mixture, MixtureSettings
+from evovlm.data.mixture import MixtureSettings
 from evovlm.data.order import Sequential
-from evovlm.data.plan import DataLayout, Planner, PlanSettings, StepPlan
+from evovlm.data.plan import Planner
+from evovlm.data.plan_settings import PlanSettings
+from evovlm.data.step_plan import DataLayout
+from evovlm.engine.cost_shape import shape_costs
 from evovlm.engine.layout_check import check_layouts
 from evovlm.engine.model_source import ModelSource
+from evovlm.engine.schedule import Span, make_schedule
 from evovlm.engine.settings import RunSettings
+from evovlm.parallel.cost import CostModel
 from evovlm.parallel.world import World
 
 
@@ -20,8 +24,10 @@ class RunData:
 
     Attributes:
         index: The training index.
-        planner: Plans steps of the whole mixture.
-        curriculum: Plans the run's steps: its phases, then ``planner``.
+        mixture: What is drawn after all phases.
+        phases: Steps and mixture of each phase.
+        cost_model: What steps cost; plans balance by it.
+        curriculum: Plans the run's steps.
         total_steps: Optimizer steps of the run.
         plan: Layouts of the modules.
         layout: How a step's packs and images are spread over data-parallel ranks, microbatches and encoders.
@@ -33,7 +39,6 @@ class RunData:
         self.plan = settings.parallel.plan(world.size)
         self.index = _open_checked(settings.data.index, source)
         self.val_index = _open_checked(settings.data.val_index, source) if settings.data.val_index else None
-        self.mixture = self._mixture(settings.data.weights)
         plan_settings = PlanSettings(
             seed=settings.seed,
             pack_tokens=settings.data.pack_tokens,
@@ -41,63 +46,64 @@ class RunData:
             packs_per_step=settings.data.packs_per_step,
             loss_weighting=settings.stage.weighting,
             window=settings.data.window,
+            even_packs=settings.data.even_packs,
+            balance_steps=settings.data.balance_steps,
+            long_samples=settings.data.long_samples,
         )
-        self.planner = Planner(self.index, self.mixture, plan_settings)
-        names = [info.name for info in self.index.datasets]
-        phases = [
-            (phase.steps, Planner(self.index, self._mixture(phase.over(names)), plan_settings))
-            for phase in settings.data.phases
-        ]
-        self.curriculum = Curriculum(phases, self.planner)
+        self.cost_model = _cost_model(settings, source, self.index)
+        costs = self.cost_model.integers(settings.data.pack_tokens, settings.data.pack_tiles)
+        self.mixture = MixtureSettings(
+            weights=settings.data.weights,
+            language_ratio=None if settings.stage.language_ratio == "natural" else settings.stage.language_ratio,
+            replacement=settings.data.replacement,
+        )
+        self.phases = [(phase.steps, phase.mixture(self.mixture)) for phase in settings.data.phases]
+        self.curriculum = Curriculum(self.index, self.phases, self.mixture, plan_settings, costs)
         self.val_planner: Planner | None = None
         if self.val_index is not None:
             # Validation has no use for a step of G packs: one for each rank, so that little of it is padding.
             one_each = plan_settings.model_copy(update={"packs_per_step": self.plan.llm.dp})
-            self.val_planner = Planner(self.val_index, Sequential(self.val_index), one_each)
+            self.val_planner = Planner(self.val_index, Sequential(self.val_index), one_each, costs)
         microbatches = max(1, settings.data.packs_per_step // self.plan.llm.dp)
-        self.layout = DataLayout(self.plan.llm.dp, microbatches, self.plan.vit.dp)
-        self.planner.check_layout(self.layout)
+        self.layout = self._layout(microbatches)
+        self.curriculum.check_layout(self.layout)
         self.total_steps = settings.steps or self.curriculum.phase_steps + self._steps_of(settings.epochs or 1.0)
 
-    def _mixture(self, weights: Mapping[str, float]) -> Mixture:
-        ratio = self.settings.stage.language_ratio
-        mixture = MixtureSettings(
-            weights=dict(weights),
-            language_ratio=None if ratio == "natural" else ratio,
-            replacement=self.settings.data.replacement,
-        )
-        return Mixture(self.index, mixture, self.settings.seed)
+    @property
+    def schedule(self) -> list[Span]:
+        """What is drawn from which step on, as checkpoints record it."""
+        return make_schedule(self.phases, self.mixture, self.index.datasets)
+
+    def _layout(self, microbatches: int) -> DataLayout:
+        vit, llm = self.plan.vit, self.plan.llm
+        node_encoders = self.settings.parallel.node_ranks // (self.world.size // vit.dp)
+        return DataLayout(llm.dp, microbatches, vit.dp, llm.pp, node_encoders)
 
     def _steps_of(self, epochs: float) -> int:
-        whole = self.planner.num_packs(math.ceil(epochs))
+        whole = self.curriculum.last.num_packs(math.ceil(epochs))
         packs = whole * epochs / math.ceil(epochs)
         return max(1, round(packs / self.settings.data.packs_per_step))
 
-    def lengths(self, plan: StepPlan) -> Sequence[int]:
-        """Return the tokens of every segment of a step."""
-        counts = self.index.samples["num_tokens"]
-        return [int(length) for pack in plan.packs for length in counts[pack.samples]]
-
     def describe(self) -> list[str]:
         """Say in lines what will be trained on, and list what is left out."""
-        settings = self.settings.data
+        settings, planner = self.settings.data, self.curriculum.last
         lines = [
             f"{share.name} ({share.kind}): {share.draws:,.0f} samples per epoch, {share.passes:.2f} passes, "
             f"{share.token_share:.1%} of tokens"
-            for share in self.mixture.without(self.planner.dropped).shares
+            for share in planner.shares
         ]
         packs, ranks, microbatches = settings.packs_per_step, self.layout.num_ranks, self.layout.num_microbatches
         lines.append(
-            f"{self.planner.num_packs(1):,} packs per epoch; {self.total_steps:,} steps of {packs} packs = "
+            f"{planner.num_packs(1):,} packs per epoch; {self.total_steps:,} steps of {packs} packs = "
             f"{ranks} data-parallel ranks × {microbatches}"
         )
         for phase in self.settings.data.phases:
-            drawn = ", ".join(f"{name} {weight:g}" for name, weight in phase.weights.items() if weight)
-            lines.append(f"a phase of {phase.steps:,} steps comes first, with draws in the ratio {drawn}")
-        dropped = len(self.planner.dropped)
+            drawn = ", ".join(phase.datasets or (f"{name} × {weight:g}" for name, weight in phase.weights.items()))
+            lines.append(f"a phase of {phase.steps:,} steps comes first, drawn from {drawn}")
+        dropped = len(planner.dropped)
         if dropped:
             lines.append(f"{dropped:,} samples do not fit into a pack and are left out, such as:")
-            lines += [f"  {line}" for line in self.planner.describe_dropped(5)]
+            lines += [f"  {line}" for line in planner.describe_dropped(5)]
         return lines
 
     def train_loader(self) -> Loader:
@@ -112,8 +118,7 @@ class RunData:
         """
         if self.val_index is None or self.val_planner is None:
             raise ValueError("this run has no [data] val_index")
-        layout = DataLayout(self.plan.llm.dp, 1, self.plan.vit.dp)
-        return self._loader(self.val_index, self.val_planner, layout, augment=False)
+        return self._loader(self.val_index, self.val_planner, self._layout(1), augment=False)
 
     def _loader(self, index: Index, planner: Planner | Curriculum, layout: DataLayout, *, augment: bool) -> Loader:
         settings = self.settings.data
@@ -130,6 +135,7 @@ class RunData:
             settings=LoaderSettings(
                 normalization=settings.normalize, prefetch=settings.prefetch, num_workers=settings.num_workers
             ),
+            device=self.world.device,
         )
 
 
@@ -150,3 +156,16 @@ def _open_checked(path: object, source: ModelSource) -> Index:
     config = source.config
     index.check_model(config.decoder.vocab_size, config.vision.tile_size, config.tokens_per_tile)
     return index
+
+
+def _cost_model(settings: RunSettings, source: ModelSource, index: Index) -> CostModel:
+    """What steps cost: measured, or counted from the model's shape and the share of rows that have a target."""
+    if settings.parallel.cost_model is not None:
+        return CostModel.load(settings.parallel.cost_model)
+    return shape_costs(
+        source.config,
+        freeze=settings.model.freeze,
+        recompute={"vit": settings.recompute.vit, "llm": settings.recompute.llm},
+        encoder_activations=settings.parallel.encoder_activations,
+        supervised=index.meta.num_supervised / max(1, index.meta.num_tokens),
+    )

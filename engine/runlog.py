@@ -1,6 +1,7 @@
 """What a run writes while it trains: a line per step for people, JSONL and TensorBoard for programs.
 
     RUN/metrics.jsonl    one object per step, exact numbers (a resumed run drops the steps that it does again)
+    RUN/events.jsonl     what changed the run: datasets or weights from a step on
     RUN/log.txt          the lines that a terminal shows
     RUN/tensorboard/     the same numbers as curves
 
@@ -26,6 +27,7 @@ def step_line(metrics: Mapping[str, Any]) -> str:
         f"step {metrics['step']:>6} | loss {metrics['loss']:.4f} | grad norm {metrics['grad_norm']:.3f}"
         f" | lr {metrics['lr']:.2e} | {metrics['tokens_per_second']:,.0f} tok/s"
         f" | {metrics['visual_tokens_per_second']:,.0f} visual tok/s | MFU {metrics['mfu']:.1%}"
+        f" | load LLM {metrics['llm_imbalance']:.3f} ViT {metrics['vit_imbalance']:.3f}"
         f" | mem {metrics['peak_memory_gib_per_rank']:.2f} GiB | fill {metrics['pack_fill']:.1%}"
         f" | wait {metrics['data_wait']:.1%}"
     )
@@ -56,6 +58,7 @@ class RunLog:
         self._progress: Progress | None = None
         if not enabled:
             return
+        self._run = run
         self._console = Console()
         metrics = run / "metrics.jsonl"
         _drop_steps_from(metrics, start_step)
@@ -76,6 +79,13 @@ class RunLog:
             )
             self._text.write(text + "\n")
             self._text.flush()
+
+    def event(self, step: int, text: str) -> None:
+        """Record something that changed the run, in ``events.jsonl``, and show it."""
+        if self.enabled:
+            with (self._run / "events.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, "event": text}) + "\n")
+            self.message(f"at step {step}: {text}")
 
     def step(self, metrics: Mapping[str, Any], *, show: bool) -> None:
         """Record one step; ``show`` says whether people see it too."""

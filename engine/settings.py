@@ -86,7 +86,7 @@ class DataSettings(Settings):
     """Index of held-out data for the validation loss."""
     test_index: Path | None = None
     """Index of test questions, one dataset per task, for ``evovlm evaluate``."""
-    pack_tokens: int = Field(16384, gt=0)
+    pack_tokens: int = Field(16384, gt=0, le=2**20)
     """T, tokens of one pack."""
     pack_tiles: int = Field(48, gt=0)
     """Most tiles of one pack."""
@@ -94,16 +94,22 @@ class DataSettings(Settings):
     """G, packs of one optimizer step over all ranks; fixed by the recipe, whatever the layout."""
     window: int = Field(16384, gt=0)
     """Samples that are packed together."""
+    even_packs: Literal["auto", "always", "never"] = "auto"
+    """Make packs cost alike as far as that costs no fill; auto: where no sample is longer than half a pack."""
+    balance_steps: int = Field(1, ge=1)
+    """Steps whose packs are dealt out together, so that they cost alike."""
+    long_samples: Literal["skip", "error", "split"] = "skip"
+    """Samples longer than a pack: skipped and listed, an error, or (texts) split into segments of a pack's length."""
     weights: dict[str, float] = {}
     """Sampling weight per dataset of the index; absent means its number of samples times its repeat_time."""
     phases: tuple[Phase, ...] = ()
-    """Steps at the beginning of the run that draw from some datasets only."""
+    """Steps at the beginning of the run with datasets or weights of their own."""
     replacement: bool = False
     """Draw with replacement by weight instead of passing over every sample."""
     normalize: Literal["imagenet", "clip", "siglip"] = "imagenet"
     """Mean and deviation that pixels are normalised with."""
-    num_workers: int = Field(2, ge=1)
-    """Threads that read and decode ahead."""
+    num_workers: int = Field(2, ge=0)
+    """Processes of each rank that decode images ahead; 0: the thread that plans steps decodes them."""
     prefetch: int = Field(2, ge=1)
     """Steps that are made ready ahead."""
 
@@ -184,6 +190,10 @@ class ParallelSettings(Settings):
     """GiB of such activations that a rank may keep under ``auto``; steps with more are recomputed."""
     timeout: float = Field(1800.0, gt=0)
     """Seconds after which a collective that some rank has not joined ends the run with an error."""
+    cost_model: Path | None = None
+    """What steps cost, measured by ``evovlm calibrate``; by default counted from the model's shape."""
+    node_ranks: int = Field(0, ge=0)
+    """Ranks of a node, so that visual tokens stay inside it where that costs nothing; 0 means unknown."""
     min_unit: int = Field(1_000_000, ge=0)
     """Blocks of fewer parameters are gathered with the module around them."""
 

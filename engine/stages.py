@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from evovlm.data.batch import V2PESettings
-from evovlm.data.plan import LossWeighting
+from evovlm.data.step_plan import LossWeighting
 
 
 class Stage(BaseModel):

@@ -18,9 +18,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from evovlm.data.plan import StepPlan
 from evovlm.data.step_batch import StepBatch
-from evovlm.engine.checkpoint import drop_later, list_checkpoints, load_checkpoint, save_checkpoint
+from evovlm.data.step_plan import StepPlan, imbalance
+from evovlm.engine.checkpoint import drop_later, list_checkpoints, load_checkpoint, read_meta, save_checkpoint
 from evovlm.engine.engine import Engine
 from evovlm.engine.flops import forward_flops, peak_flops, training_flops
 from evovlm.engine.model_source import ModelSource, open_source
@@ -29,12 +29,15 @@ from evovlm.engine.options import EngineOptions
 from evovlm.engine.run_data import RunData, open_data
 from evovlm.engine.runlog import RunLog, peak_memory_gib
 from evovlm.engine.runs import start_run
+from evovlm.engine.schedule import changes_of_data, dataset_entries
 from evovlm.engine.settings import DTYPES, RunSettings
 from evovlm.models.hf.names import Format
 from evovlm.models.hf.save import save_pretrained
 from evovlm.models.internvl import InternVL
 from evovlm.parallel.describe import describe_plan
 from evovlm.parallel.world import World
+
+_TOLD_OUTLIERS = 5
 
 
 def train(settings: RunSettings, world: World, resume: str = "none") -> Path:
@@ -51,6 +54,7 @@ def train(settings: RunSettings, world: World, resume: str = "none") -> Path:
 
     Raises:
         FileExistsError: The directory holds checkpoints and ``resume`` is ``none``.
+        ValueError: The checkpoint is of another run, or drew other data up to its step.
         FloatingPointError: Loss or gradient is not finite; no weight was changed by that step.
     """
     source = open_source(settings.model, settings.seed)
@@ -58,11 +62,14 @@ def train(settings: RunSettings, world: World, resume: str = "none") -> Path:
     checkpoint = _resume_point(settings.out, resume)
     engine = build_engine(settings, source, world)
     identity = _identity(settings, source, data)
-    start = 0
+    start, changes = 0, []
     if checkpoint is not None:
-        start = load_checkpoint(checkpoint, engine.pieces(), expected=identity)
+        saved = read_meta(checkpoint)
+        changes = changes_of_data(saved, identity)
+        start = load_checkpoint(checkpoint, engine.pieces(), expected=_fixed(identity))
     if world.is_main:
         start_run(settings, source)
+        data.cost_model.save(settings.out / "cost_model.json")
     world.barrier()
     with (
         RunLog(
@@ -78,6 +85,8 @@ def train(settings: RunSettings, world: World, resume: str = "none") -> Path:
             log.message(line)
         if checkpoint is not None:
             log.message(f"resumed from {checkpoint} at step {start}")
+            for change in changes:
+                log.event(start, change)
             for path in drop_later(settings.out, start) if world.is_main else ():
                 log.message(f"deleted {path}, which this run has left behind")
         finished = _Loop(settings, world, source, data, engine, identity, log, stop).run(start)
@@ -145,6 +154,7 @@ class _Loop:
     ) -> None:
         self.settings, self.world, self.source, self.data = settings, world, source, data
         self.engine, self.identity, self.log, self.stop = engine, identity, log, stop
+        self.told = 0  # steps whose outliers were told
         self.saved = -1  # step of the last checkpoint of this process
         if settings.log.peak_tflops is not None:
             self.peak = settings.log.peak_tflops * 1e12
@@ -159,7 +169,10 @@ class _Loop:
         began = time.perf_counter()
         for step, (plan, batch) in enumerate(loader.steps(start, total), start=start + 1):
             if plan.step % settings.log.plan_hash_every == 0:
-                self.world.agree(f"the plan of step {plan.step}", plan.digest())
+                digest = plan.digest()
+                self.world.agree(f"the plan of step {plan.step}", digest)
+                self.log.message(f"step {plan.step + 1:>6} | plan {digest} on all ranks")
+            self._tell_outliers(plan)
             factor = lr_factor(plan.step, total, settings.optim)
             result = self.engine.train_step(batch, plan.loss_denominator, factor)
             seconds = time.perf_counter() - began
@@ -184,7 +197,7 @@ class _Loop:
         """Write the step's line; returns whether any rank was told to stop."""
         memory = peak_memory_gib(self.world.device)
         slowest, wait, memory, stopping = self.world.max([seconds, waited / seconds, memory, float(self.stop.is_set())])
-        lengths = self.data.lengths(plan)
+        lengths = plan.packs.lengths
         forward = forward_flops(self.source.config, plan.num_tiles, lengths, plan.num_supervised)
         flops = training_flops(forward, self.settings.model.freeze)
         metrics = {
@@ -202,12 +215,28 @@ class _Loop:
             "mfu": flops.total / (slowest * self.peak * self.world.size),
             "vit_flops_share": flops.vit / flops.total,
             "pack_fill": plan.num_tokens / (len(plan.packs) * self.settings.data.pack_tokens),
+            "llm_imbalance": imbalance(plan.llm_load),
+            "vit_imbalance": imbalance(plan.vit_load),
+            "outliers": len(plan.outliers),
             "data_wait": wait,
             "peak_memory_gib_per_rank": memory,
         }
         every = self.settings.log.every
         self.log.step(metrics, show=step % every == 0 or step == 1 or step == self.data.total_steps)
         return stopping > 0
+
+    def _tell_outliers(self, plan: StepPlan) -> None:
+        """Say which samples cost more than a rank's share of their step; no balance can make up for them."""
+        if not len(plan.outliers) or self.told >= _TOLD_OUTLIERS:
+            return
+        self.told += 1
+        sample, cp = int(plan.outliers[0]), self.data.plan.llm.cp
+        remedy = f"its rows are spread over cp = {cp} ranks" if cp > 1 else "[parallel.llm] cp = 2 would share it"
+        self.log.message(
+            f"step {plan.step + 1:>6} | {len(plan.outliers)} samples cost more than the mean rank, such as "
+            f"'{self.data.index.name(sample)}' of {self.data.index.samples['num_tokens'][sample]} tokens: {remedy}"
+            + ("; not told again" if self.told == _TOLD_OUTLIERS else "")
+        )
 
     def _validate(self, step: int) -> None:
         tokens = 0
@@ -242,20 +271,29 @@ def _identity(settings: RunSettings, source: ModelSource, data: RunData) -> dict
     return {
         "model": asdict(source.config),
         "tokenizer": source.tokenizer.fingerprint,
-        # What is in the index, not where it lies: data may be moved, but not changed.
-        "index": {d.name: [d.count, d.num_tokens, d.num_supervised, d.num_tiles] for d in data.index.datasets},
+        "index": dataset_entries(data.index.datasets),
+        "schedule": data.schedule,
         "normalize": settings.data.normalize,
         "seed": settings.seed,
         "stage": settings.stage.model_dump(mode="json"),
-        "packing": [
-            settings.data.pack_tokens,
-            settings.data.pack_tiles,
-            settings.data.packs_per_step,
-            settings.data.window,
-        ],
-        "mixture": [settings.data.weights, settings.data.replacement],
-        "phases": [phase.model_dump(mode="json") for phase in settings.data.phases],
+        "packing": settings.data.model_dump(
+            mode="json",
+            include={
+                "pack_tokens",
+                "pack_tiles",
+                "packs_per_step",
+                "window",
+                "even_packs",
+                "balance_steps",
+                "long_samples",
+            },
+        ),
     }
+
+
+def _fixed(identity: dict[str, Any]) -> dict[str, Any]:
+    """What no resumed run may change; the others are compared by ``changes_of_data``."""
+    return {name: value for name, value in identity.items() if name not in ("index", "schedule")}
 
 
 def _resume_point(run: Path, resume: str) -> Path | None:

@@ -193,7 +193,7 @@ class Vision:
     def _see(self, batch: StepBatch, chunk: Chunk) -> Tensor:
         slots = slice(chunk.slots.start, chunk.slots.stop)
         device = self._world.device
-        tiles, keys = batch.tiles[slots].to(device), batch.tile_keys[slots].to(device)
+        tiles, keys = (part[slots].to(device, non_blocking=True) for part in (batch.tiles, batch.tile_keys))
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._trains_vit):
             return self._model.see(tiles, keys)
 

@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from evovlm.launch.cli_bench import bench_app
 from evovlm.launch.ranks import RankError, RankInfo, RunInterrupted, leave_error, start_ranks
 
 SETTINGS_WORDS = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -248,6 +249,27 @@ def plan(
 
 
 @app.command(context_settings=SETTINGS_WORDS, options_metavar=SETTINGS_METAVAR)
+def calibrate(
+    context: typer.Context,
+    recipe: Recipe,
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file of costs to write.")],
+    max_seconds: Annotated[float, typer.Option(min=1, help="What measuring may take.")] = 120.0,
+    max_rounds: Annotated[int, typer.Option(min=5, help="Most repetitions of each case.")] = 25,
+    supervised: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of rows with a target; default: the index's.")
+    ] = None,
+) -> None:
+    """Measure what a recipe's modules cost on this machine.
+
+    Times forward and backward of ViT, projector and LLM on the shapes that the recipe trains, fits the cost models that
+    plans are balanced by, and says how well they predict. Name the file as parallel.cost_model in the recipe.
+    """
+    from evovlm.launch import commands
+
+    commands.calibrate(commands.run_settings(recipe, context.args), out, max_seconds, max_rounds, supervised)
+
+
+@app.command(context_settings=SETTINGS_WORDS, options_metavar=SETTINGS_METAVAR)
 def verify(
     context: typer.Context,
     recipe: Annotated[
@@ -274,37 +296,7 @@ def verify(
         raise typer.Exit(1)
 
 
-bench_app = typer.Typer(
-    help="Measure a part side by side with its alternatives; results as a table and, with --json, as a file.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
 app.add_typer(bench_app, name="bench")
-JsonFile = Annotated[Path | None, typer.Option("--json", help="JSON file to write, too.")]
-
-
-@bench_app.command("exchange")
-def bench_exchange(
-    json_file: JsonFile = None,
-    ranks: Annotated[int, typer.Option(min=2, help="Ranks to fork, a power of two.")] = 8,
-    repetitions: Annotated[int, typer.Option(min=1, help="How often each way is timed.")] = 5,
-) -> None:
-    """Bytes and times of the vision exchange, an all-gather, and two exchanges."""
-    from evovlm.launch import bench_exchange
-
-    bench_exchange.run(json_file, ranks, repetitions)
-
-
-@bench_app.command("overlap")
-def bench_overlap(
-    json_file: JsonFile = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Chrome trace to write.")] = None,
-    ranks: Annotated[int, typer.Option(min=2, help="Ranks to fork: 2 or 4.")] = 2,
-) -> None:
-    """How far the gathers of weights lie under computation, from a trace."""
-    from evovlm.launch import bench_overlap
-
-    bench_overlap.run(out, json_file, ranks)
 
 
 @app.command()

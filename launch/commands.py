@@ -162,12 +162,12 @@ def verify(
 
 
 def plan(settings: "RunSettings", *, first: int, steps: int, num_ranks: int) -> None:
-    """Print who holds what, and a table of planned steps; busiest: most tiles on one encoder."""
-    import numpy as np
+    """Print who holds what, and a table of planned steps; loads: largest of a rank over the mean."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
+    from evovlm.data.step_plan import imbalance
     from evovlm.parallel.describe import describe_plan
 
     data = _open_data(settings, num_ranks)
@@ -183,7 +183,8 @@ def plan(settings: "RunSettings", *, first: int, steps: int, num_ranks: int) -> 
         "tokens",
         "fill",
         "tiles",
-        "busiest",
+        "LLM load",
+        "ViT load",
         "supervised",
         "loss denominator",
         "hash",
@@ -194,19 +195,35 @@ def plan(settings: "RunSettings", *, first: int, steps: int, num_ranks: int) -> 
     for step in range(first, first + steps):
         planned = data.curriculum.plan_step(step, data.layout)
         counts = (planned.num_samples, planned.num_tokens)
-        busiest = np.bincount(planned.encoder_rank, weights=planned.image_tiles, minlength=1).max()
         table.add_row(
             str(step),
             str(planned.epoch),
             *(f"{count:,}" for count in counts),
             f"{planned.num_tokens / capacity:.1%}",
             f"{planned.num_tiles:,}",
-            f"{busiest:,.0f}",
+            f"{imbalance(planned.llm_load):.4f}",
+            f"{imbalance(planned.vit_load):.4f}",
             f"{planned.num_supervised:,}",
             f"{planned.loss_denominator:.3f}",
             planned.digest()[:12],
         )
     console.print(table)
+
+
+def calibrate(
+    settings: "RunSettings", out: Path, max_seconds: float, max_rounds: int, supervised: float | None
+) -> None:
+    """Measure and fit the cost models of a recipe."""
+    from evovlm.launch import calibrate
+
+    calibrate.run(
+        settings,
+        RankInfo.from_environment(),
+        out=out,
+        max_seconds=max_seconds,
+        max_rounds=max_rounds,
+        supervised=supervised,
+    )
 
 
 def models() -> None:

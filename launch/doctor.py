@@ -63,6 +63,7 @@ REQUIRED = (
     Package(("numpy",), "import numpy", "index and plan"),
     Package(("pillow",), "import PIL.Image", "image decoding"),
     Package(("pydantic",), "import pydantic", "settings"),
+    Package(("scipy",), "import scipy.optimize", "cost models"),
     Package(("megatron-core",), "import importlib.util as u; assert u.find_spec('megatron.core')", "text corpora"),
     Package(("webdataset",), "import webdataset", "tar shards"),
     Package(("pyarrow",), "import pyarrow", "tables"),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evovlm.csrc.ops import rms_norm
-from evovlm.csrc.random import uniform_tensor
+from evovlm.csrc.random_torch import uniform_tensor
 from evovlm.models.config import VisionConfig
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evovlm.csrc import random
+from evovlm.csrc import random, random_torch
 
 WORDS = st.integers(0, 2**64 - 1)
 MASK = 2**64 - 1
@@ -19,12 +19,16 @@ def mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
+RECORDED_FAR = [362708280, 535790359, 163302843]
+
+
 def test_keys_never_change() -> None:
     # Recorded: another value here would silently change every run that is resumed.
     assert random.key() == 0
     assert random.key(0) == 0xE220A8397B1DCDAF  # splitmix64's first output for seed 0
     assert random.key("jpeg", 1, 2, 3, 4) == 0x75D92D12E3EFF8A8
-    assert random.permutation(8, "order", 0).tolist() == [5, 4, 3, 6, 0, 1, 7, 2]
+    assert random.permutation(8, "order", 0).tolist() == [4, 1, 6, 7, 2, 0, 5, 3]
+    assert random.permutation(10**9, "order", 0, begin=10**9 - 3).tolist() == RECORDED_FAR
 
 
 @given(st.lists(WORDS, max_size=5))
@@ -79,6 +83,37 @@ def test_choice_index_refuses_other_ranges(n: int) -> None:
         random.choice_index(np.zeros(1, np.uint64), n)
 
 
+def permuted(position: int, n: int, key: int) -> int:
+    """A place of the keyed permutation in plain integers."""
+    bits = max(2, (n - 1).bit_length())
+    high_bits, low_bits = bits // 2, bits - bits // 2
+    keys = [mix((key + 0x9E3779B97F4A7C15 * (i + 1)) & MASK) for i in range(12 if bits < 16 else 6)]
+    while True:
+        high, low = position >> low_bits, position & ((1 << low_bits) - 1)
+        for i, round_key in enumerate(keys):
+            if i % 2:
+                low ^= mix(round_key ^ high) & ((1 << low_bits) - 1)
+            else:
+                high ^= mix(round_key ^ low) & ((1 << high_bits) - 1)
+        position = high << low_bits | low
+        if position < n:
+            return position
+
+
+@given(st.integers(1, 2**40), WORDS, st.data())
+def test_any_part_of_a_permutation_equals_plain_integer_arithmetic(n: int, seed: int, data: st.DataObject) -> None:
+    begin = data.draw(st.integers(0, n))
+    end = data.draw(st.integers(begin, min(n, begin + 20)))
+    expected = [permuted(i, n, random.key("p", seed)) for i in range(begin, end)]
+    assert random.permutation(n, "p", seed, begin=begin, end=end).tolist() == expected
+
+
+@pytest.mark.parametrize(("n", "begin", "end"), [(-1, 0, None), (5, -1, None), (5, 3, 2), (5, 0, 6)])
+def test_places_that_do_not_exist_are_errors(n: int, begin: int, end: int | None) -> None:
+    with pytest.raises(ValueError, match=f"of a permutation of {n}"):
+        random.permutation(n, begin=begin, end=end)
+
+
 @given(st.integers(0, 200), WORDS)
 def test_permutation_holds_every_number_once(n: int, seed: int) -> None:
     assert sorted(random.permutation(n, "p", seed).tolist()) == list(range(n))
@@ -93,4 +128,4 @@ def test_permutation_places_are_uniform() -> None:
 def test_torch_draws_equal_numpy_draws(words: list[int], stream: int) -> None:
     keys = np.array(words, np.uint64)
     expected = random.uniform(random.keys(keys, stream))
-    assert random.uniform_tensor(torch.from_numpy(keys.view(np.int64)), stream).tolist() == expected.tolist()
+    assert random_torch.uniform_tensor(torch.from_numpy(keys.view(np.int64)), stream).tolist() == expected.tolist()

@@ -17,8 +17,11 @@ from evovlm.data.index import Index
 from evovlm.data.loader import Loader
 from evovlm.data.mixture import Mixture, MixtureSettings
 from evovlm.data.order import Sequential
-from evovlm.data.plan import DataLayout, Pack, Planner, PlanSettings, StepPlan
+from evovlm.data.packs import Pack
+from evovlm.data.plan import Planner
+from evovlm.data.plan_settings import PlanSettings
 from evovlm.data.step_batch import StepBatch
+from evovlm.data.step_plan import DataLayout, StepPlan
 from evovlm.data.tokenizer import Tokenizer
 from evovlm.parallel.layout import ParallelPlan
 from evovlm.parallel.routes import ExchangePlan, plan_exchange

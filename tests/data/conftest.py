@@ -44,8 +44,10 @@ class FakeIndex:
     meta: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(tokens_per_tile=TOKENS_PER_TILE))
 
     def name(self, sample: int) -> str:
-        row = self.samples[sample]
-        return f"{self.datasets[int(row['dataset'])].name}/{int(row['line'])}"
+        return f"{self.datasets[int(self.samples['dataset'][sample])].name}/{int(self.samples['line'][sample])}"
+
+    def tokens(self, sample: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        raise NotImplementedError("sizes are all that there is of this index")
 
 
 def fake_index(*datasets: FakeDataset) -> FakeIndex:

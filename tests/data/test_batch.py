@@ -1,6 +1,7 @@
 """Microbatches of a real index: tokens, labels, weights and positions right in every row, and nothing else."""
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from evovlm.csrc import random
 from evovlm.data.batch import BatchSettings, V2PESettings, build_microbatch, run_deltas
 from evovlm.data.chat import expand
 from evovlm.data.index import Index
-from evovlm.data.plan import DataLayout, LossWeighting, Pack, loss_weights
+from evovlm.data.packs import Pack
+from evovlm.data.step_plan import DataLayout, LossWeighting, loss_weights
 from evovlm.data.tokenizer import Tokenizer
 from evovlm.models.v2pe import DELTAS, segment_positions
 
@@ -55,7 +57,7 @@ def test_rows_of_every_segment(index: Index, tokenizer: Tokenizer) -> None:
                 assert labels[:-1] == expected
             assert (batch.tokens[ends[-1] :] == tokenizer.end_of_text).all()
             assert (batch.labels[ends[-1] :] == -100).all()
-            assert int((batch.labels != -100).sum()) == pack.num_supervised
+            assert int((batch.labels != -100).sum()) == index.samples["num_supervised"][pack.samples].sum()
             assert ((batch.weights > 0) == (batch.labels != -100)).all()
 
 
@@ -114,14 +116,41 @@ def test_random_strides_differ_between_visits_and_images() -> None:
     assert deltas[0] != deltas[1]
 
 
+def a_pack(lengths: list[int], samples: list[int], begins: list[int] | None = None) -> Pack:
+    columns = (samples, [0] * len(samples), begins or [0] * len(samples), lengths)
+    return Pack(*(np.array(column, np.int64) for column in columns), sum(lengths), 0)
+
+
+def test_parts_of_a_text_join_to_the_whole(index: Index, tokenizer: Tokenizer) -> None:
+    """Tokens and targets of the parts are those of the sample; the last row's target is the next part's first token."""
+    s = BatchSettings(SEED, T, "square", tokenizer.image_context, tokenizer.end_of_text, V2PESettings(), True)
+    sample = next(i for i in range(20) if index.samples["num_supervised"][i] > 8)
+    length = int(index.samples["num_tokens"][sample])
+    whole = build_microbatch(index, a_pack([length], [sample]), s)
+    cut = length - 5
+    parts = build_microbatch(index, a_pack([length - cut, cut], [sample, sample], [cut, 0]), s)
+    assert torch.equal(
+        torch.cat([parts.tokens[length - cut : length], parts.tokens[: length - cut]]), whole.tokens[:length]
+    )
+    assert torch.equal(
+        torch.cat([parts.labels[length - cut : length], parts.labels[: length - cut]]), whole.labels[:length]
+    )
+    assert parts.positions[:length].tolist() == [*range(length - cut), *range(cut)]
+    for begin, end in ((0, length - cut), (length - cut, length)):
+        targets = parts.labels[begin:end] != -100
+        n = int(targets.sum())
+        assert parts.weights[begin:end][targets].tolist() == pytest.approx([n**-0.5] * n)
+
+
 def test_an_index_that_does_not_fit_its_tokens_is_an_error(index: Index, tokenizer: Tokenizer) -> None:
-    broken = Index.open(index.path)
-    broken.samples = broken.samples.copy()
+    broken: Any = Index.open(index.path)
+    broken.samples = {name: index.samples[name].copy() for name in index.samples.names}
     broken.samples["num_supervised"][3] += 1
-    pack = Pack(np.array([3]), np.array([0]), 0, 0, 0)
+    tokens = [int(n) for n in index.samples["num_tokens"]]
     s = BatchSettings(SEED, T, "square", tokenizer.image_context, tokenizer.end_of_text, V2PESettings(), True)
     with pytest.raises(ValueError, match=r"sample 'text/4' has (\d+) targets, but the index says"):
-        build_microbatch(broken, pack, s)
-    long = Pack(np.arange(20), np.zeros(20, np.int64), 0, 0, 0)
-    with pytest.raises(ValueError, match=r"sample 'text/\d+' ends at token \d+ of a pack of 256"):
-        build_microbatch(index, long, s)
+        build_microbatch(broken, a_pack([tokens[3]], [3]), s)
+    with pytest.raises(ValueError, match=r"sample 'text/\d+': .* end at token \d+ of a pack of 256"):
+        build_microbatch(index, a_pack(tokens[:20], [*range(20)]), s)
+    with pytest.raises(ValueError, match=rf"sample 'text/4': tokens 1 to {tokens[3] + 1} of {tokens[3]} end"):
+        build_microbatch(index, a_pack([tokens[3]], [3], [1]), s)

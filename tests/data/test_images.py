@@ -70,17 +70,88 @@ def test_tiles_are_those_of_the_specification(
         np.testing.assert_array_equal(tile, ((pixels - mean) / std).transpose(2, 0, 1))
 
 
+def normalized(pixels: NDArray[np.uint8], name: Normalization = "imagenet") -> NDArray[np.float32]:
+    out = np.full((3, *pixels.shape[:2]), np.nan, np.float32)
+    normalize(Image.fromarray(pixels), name, out)
+    return out
+
+
 @pytest.mark.parametrize("name", ["imagenet", "clip", "siglip"])
-def test_normalisation(name: Normalization) -> None:
-    tiles = np.random.default_rng(0).integers(0, 256, (2, 5, 5, 3), dtype=np.uint8)
-    mean, std = (np.array(values) for values in MEAN_STD[name])
-    expected = ((tiles / 255 - mean) / std).transpose(0, 3, 1, 2)
-    np.testing.assert_allclose(normalize(tiles, name), expected, rtol=1e-6, atol=1e-6)
+def test_every_value_is_normalised_in_float32(name: Normalization) -> None:
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    mean, std = (np.array(numbers)[:, None, None] for numbers in MEAN_STD[name])
+    got = normalized(np.stack([values] * 3, axis=2), name)
+    wide = (values / 255 - mean) / std
+    np.testing.assert_allclose(got, wide, rtol=1e-6, atol=1e-6)
+    single = (values.astype(np.float32) / np.float32(255) - mean.astype(np.float32)) / std.astype(np.float32)
+    assert single.dtype == np.float32
+    np.testing.assert_array_equal(got, single)
 
 
 def test_unknown_normalisation() -> None:
     with pytest.raises(ValueError, match="'image' is not one of imagenet, clip, siglip"):
-        normalize(np.zeros((1, 2, 2, 3), np.uint8), "image")  # type: ignore[arg-type]
+        normalized(np.zeros((2, 2, 3), np.uint8), "image")  # type: ignore[arg-type]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data(), st.integers(8, 200), st.integers(8, 200), st.integers(1, 9), st.booleans(), st.booleans())
+def test_some_tiles_are_those_of_the_whole(
+    tmp_path_factory: pytest.TempPathFactory,
+    data: st.DataObject,
+    width: int,
+    height: int,
+    max_tiles: int,
+    thumbnail: bool,
+    degrade: bool,
+) -> None:
+    path = tmp_path_factory.mktemp("images") / "a.jpg"
+    picture(width, height).save(path)
+    ref = reference(path, 28, max_tiles, thumbnail)
+    begin = data.draw(st.integers(0, ref.num_tiles))
+    end = data.draw(st.integers(begin, ref.num_tiles))
+    qualities = list(range(75, 75 + ref.num_tiles)) if degrade else None
+    some = qualities[begin:end] if qualities else None
+    whole = load_tiles(ref, 28, jpeg_quality=qualities)
+    np.testing.assert_array_equal(load_tiles(ref, 28, jpeg_quality=some, tiles=range(begin, end)), whole[begin:end])
+    room = np.full((ref.num_tiles + 2, 3, 28, 28), np.nan, np.float32)
+    place = room[1 : 1 + end - begin]
+    assert load_tiles(ref, 28, jpeg_quality=some, tiles=range(begin, end), out=place) is place
+    np.testing.assert_array_equal(place, whole[begin:end])
+    assert np.isnan(room[0]).all()
+    assert np.isnan(room[1 + end - begin :]).all()
+
+
+def test_only_what_is_wanted_is_resized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jpg"
+    picture(120, 60).save(path)
+    ref = reference(path, 28, 8)
+    assert (ref.cols, ref.rows, ref.thumbnail) == (4, 2, True)
+    sizes: list[tuple[int, int]] = []
+    resize = Image.Image.resize
+
+    def record(self: Image.Image, size: tuple[int, int], *args: object) -> Image.Image:
+        sizes.append(size)
+        return resize(self, size, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Image.Image, "resize", record)
+    for tiles, expected in ((range(3, 8), [(112, 56)]), (range(8, 9), [(28, 28)]), (range(4, 4), [])):
+        sizes.clear()
+        load_tiles(ref, 28, tiles=tiles)
+        assert sizes == expected
+
+
+@pytest.mark.parametrize("tiles", [range(-1, 2), range(4, 6), range(0, 5, 2)], ids=str)
+def test_tiles_that_the_grid_does_not_have(tmp_path: Path, tiles: range) -> None:
+    path = tmp_path / "a.jpg"
+    picture(60, 60).save(path)
+    with pytest.raises(ValueError, match=f"tiles {tiles.start} to {tiles.stop - 1} of an image of 5 tiles"):
+        load_tiles(ImageRef(path, -1, 2, 2, True, 5, 0), 28, tiles=tiles)
+
+
+def test_room_for_other_tiles_is_an_error(tmp_path: Path) -> None:
+    room = np.empty((1, 3, 28, 28), np.float32)  # NumPy would spread one tile over many places, or leave some empty
+    with pytest.raises(ValueError, match=r"5 tiles of 28 pixels do not fit an array of shape \[1, 3, 28, 28\]"):
+        load_tiles(ImageRef(tmp_path / "a.jpg", -1, 2, 2, True, 5, 0), 28, out=room)
 
 
 def test_jpeg_degrades_each_tile_by_itself(tmp_path: Path) -> None:
@@ -93,7 +164,7 @@ def test_jpeg_degrades_each_tile_by_itself(tmp_path: Path) -> None:
     for tile, expected, quality in zip(got, published_tiles(picture(120, 60), ref, 28), qualities, strict=True):
         buffer = io.BytesIO()
         expected.save(buffer, format="JPEG", quality=quality)
-        np.testing.assert_array_equal(tile, normalize(np.asarray(Image.open(buffer))[None])[0])
+        np.testing.assert_array_equal(tile, normalized(np.asarray(Image.open(buffer))))
     same = load_tiles(ref, 28, jpeg_quality=75)
     np.testing.assert_array_equal(same[0], got[0])
     assert not np.array_equal(same[1], got[1])
@@ -102,8 +173,9 @@ def test_jpeg_degrades_each_tile_by_itself(tmp_path: Path) -> None:
 
 
 def test_jpeg_quality_matters() -> None:
-    pixels = np.asarray(picture(64, 64))
-    errors = [np.abs(degrade_jpeg(pixels, quality).astype(int) - pixels).mean() for quality in (20, 75, 100)]
+    image = picture(64, 64)
+    pixels = np.asarray(image).astype(int)
+    errors = [np.abs(np.asarray(degrade_jpeg(image, quality)) - pixels).mean() for quality in (20, 75, 100)]
     assert errors[0] > errors[1] > errors[2] > 0
 
 
@@ -247,5 +319,5 @@ def test_cut_tiles_keeps_rows_and_columns_apart() -> None:
     for row in range(2):
         for col in range(3):
             pixels[row * 10 : row * 10 + 10, col * 10 : col * 10 + 10] = 10 * (3 * row + col)
-    tiles = cut_tiles(Image.fromarray(pixels), 3, 2, False, 10)
-    assert [int(tile[5, 5, 0]) for tile in tiles] == [0, 10, 20, 30, 40, 50]
+    tiles = cut_tiles(Image.fromarray(pixels), 3, 2, False, 10, range(6))
+    assert [tile.getpixel((5, 5))[0] for tile in tiles] == [0, 10, 20, 30, 40, 50]  # type: ignore[index]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +145,7 @@ def test_stored_tokens_are_the_rendered_ones_and_expand_to_labels(shop: Workshop
     for sample, line in enumerate(lines):
         turns = line["conversations"]
         turns = turns if turns[0]["from"] == "pretrain" else [system, *turns]
-        chat = render(turns, int(index.samples[sample]["num_images"]), shop.tokenizer)
+        chat = render(turns, int(index.samples["num_images"][sample]), shop.tokenizer)
         ids, supervised = index.tokens(sample)
         assert (ids.dtype, supervised.dtype) == (np.int32, np.bool_)
         np.testing.assert_array_equal(ids, chat.ids)
@@ -160,8 +162,8 @@ def test_stored_tokens_are_the_rendered_ones_and_expand_to_labels(shop: Workshop
         shifted = [tokens[t + 1] if targets[t + 1] else -100 for t in range(len(tokens) - 1)] + [-100]
         assert expanded.labels.tolist() == shifted
         assert expanded.refs == refs
-        row = index.samples[sample]
-        assert (row["num_tokens"], row["num_supervised"]) == (len(tokens), sum(label >= 0 for label in shifted))
+        assert index.samples["num_tokens"][sample] == len(tokens)
+        assert index.samples["num_supervised"][sample] == sum(label >= 0 for label in shifted)
         for (start, length), wanted in zip(expanded.runs, lengths, strict=True):
             assert length == wanted
             assert (expanded.tokens[start : start + length] == context).all()
@@ -178,14 +180,13 @@ def test_literal_image_context_in_user_text_stays_text(shop: Workshop) -> None:
     special = (shop.tokenizer.image_context, shop.tokenizer.image_start, shop.tokenizer.image_end)
     assert not np.isin(ids, special).any()
     assert text in shop.tokenizer.decode(ids.tolist())
-    assert index.samples[0]["num_images"] == index.samples[0]["num_tiles"] == 0
+    assert index.samples["num_images"][0] == index.samples["num_tiles"][0] == 0
 
 
 def test_the_first_stored_token_is_never_a_target(shop: Workshop) -> None:
     shop.write({"d": [pretrain("The dog and the cat.")]})
     index, _ = shop.build()
-    row = index.samples[0]
-    assert row["num_supervised"] == row["num_stored"] - 1
+    assert index.samples["num_supervised"][0] == index.samples["num_stored"][0] - 1
 
 
 def test_bad_lines_are_counted_and_listed(shop: Workshop) -> None:
@@ -396,6 +397,40 @@ def test_corpus_that_is_moved_or_changed_is_noticed(shop: Workshop) -> None:
         Index.open(shop.folder / "index")
 
 
+def test_few_corpora_are_open_at_once(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evovlm.data.index._OPEN_SOURCES", 2)
+    names = [f"books{number}" for number in range(5)]
+    for number, name in enumerate(names):
+        write_corpus(shop.folder / name, [[number, 1, 2], [number, 3]])
+    shop.write_meta({name: {"annotation": name, "format": "megatron"} for name in names})
+    index, _ = shop.build()
+
+    def num_open() -> int:
+        links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        return sum(link.readlink().parent == shop.folder for link in links if link.is_symlink())
+
+    for _ in range(2):
+        found = [index.tokens(sample)[0].tolist() for sample in range(10)]
+        assert found == [ids for number in range(5) for ids in ([number, 1, 2], [number, 3])]
+        assert num_open() == 2
+
+
+def test_samples_that_do_not_exist(shop: Workshop) -> None:
+    shop.write({"d": [GOOD, GOOD]})
+    index, _ = shop.build()
+    for read in (index.tokens, index.image_refs, index.name, index.dataset_of):
+        for sample in (-1, 2):
+            with pytest.raises(IndexError, match=rf"index '.*' has 2 samples, there is no sample {sample}"):
+                read(sample)
+
+
+def test_the_dataset_of_a_sample(shop: Workshop) -> None:
+    shop.write({"a": ["{"], "b": [GOOD, GOOD], "c": ["{"], "d": [GOOD], "e": ["{"]})
+    index, _ = shop.build()
+    assert [index.dataset_of(sample).name for sample in range(len(index))] == ["b", "b", "d"]
+    assert [index.datasets[number].name for number in index.samples["dataset"]] == ["b", "b", "d"]
+
+
 def test_repeat_time_below_one_keeps_the_first_lines(shop: Workshop) -> None:
     lines: list[Any] = [GOOD, "", "{", GOOD, GOOD, GOOD, GOOD, GOOD]
     shop.write({"d": lines}, repeat_time=0.5)
@@ -416,6 +451,9 @@ def test_max_dynamic_patch_overrides_max_tiles(shop: Workshop) -> None:
     assert (dataset.max_tiles, dataset.augment, dataset.weight) == (1, True, 0.25)
     with pytest.raises(MetaError, match=r"'d': max_dynamic_patch = 1 is below min_tiles = 2"):
         shop.build(min_tiles=2)
+    shop.write({"d": [GOOD]}, max_dynamic_patch=255)
+    with pytest.raises(MetaError, match=r"'d': max_dynamic_patch = 255 is above 254, the most tiles of an image"):
+        shop.build()
 
 
 def test_thumbnail_may_be_off(shop: Workshop) -> None:
@@ -425,7 +463,8 @@ def test_thumbnail_may_be_off(shop: Workshop) -> None:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "index.json"}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "index.json")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def test_the_result_does_not_depend_on_the_number_of_workers(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -515,16 +554,19 @@ def test_damaged_index(shop: Workshop) -> None:
         Index.open(shop.folder)
     shop.write({"d": [GOOD, GOOD]})
     folder = shop.build()[0].path
-    whole = (folder / "samples.bin").read_bytes()
-    (folder / "samples.bin").write_bytes(whole[:-3])
-    with pytest.raises(
-        IndexMismatchError, match=rf"samples\.bin' should hold {len(whole)} bytes, found {len(whole) - 3}"
-    ):
-        Index.open(folder)
-    (folder / "samples.bin").write_bytes(whole)
+    for file in ("samples/num_tokens.bin", "samples/details.bin", "images/num_tiles.bin", "paths.bin"):
+        whole = (folder / file).read_bytes()
+        (folder / file).write_bytes(whole + b"123")
+        message = rf"{re.escape(file)}' should hold {len(whole)} bytes, found {len(whole) + 3} bytes: rebuild it"
+        with pytest.raises(IndexMismatchError, match=message):
+            Index.open(folder)
+        (folder / file).unlink()
+        with pytest.raises(IndexMismatchError, match=rf"{re.escape(file)}' should .*, found nothing: rebuild it"):
+            Index.open(folder)
+        (folder / file).write_bytes(whole)
     content = json.loads((folder / "index.json").read_text())
     for change, message in (
-        ({"format_version": 99}, "has format 99, this version reads 1"),
+        ({"format_version": 1}, "has format 1, this version reads 2: rebuild it with `evovlm index`"),
         ({"num_tiles": "many"}, r"damaged \(num_tiles: "),
     ):
         (folder / "index.json").write_text(json.dumps(content | change))
@@ -535,10 +577,23 @@ def test_damaged_index(shop: Workshop) -> None:
         Index.open(folder)
 
 
+def test_tokens_cut_off_after_opening(shop: Workshop) -> None:
+    shop.write({"d": [GOOD, GOOD]})
+    index, _ = shop.build()
+    size = index.path.joinpath("tokens.bin").stat().st_size
+    os.truncate(index.path / "tokens.bin", size - 2)
+    assert len(index.tokens(0)[0])
+    with pytest.raises(IndexMismatchError, match=rf"tokens\.bin' was cut off: {size // 2} bytes wanted from byte"):
+        index.tokens(1)
+    with pytest.raises(IndexMismatchError, match=rf"had {size} bytes when the index was built, now {size - 2}"):
+        Index.open(index.path)
+
+
 def test_settings_are_checked(shop: Workshop) -> None:
     for changes, message in (
         ({"max_tile": 3}, "max_tile"),
         ({"max_tokens": 1}, "max_tokens"),
+        ({"max_tiles": 255}, "less than or equal to 254"),
         ({"min_tiles": 5, "max_tiles": 4}, "min_tiles = 5 is above max_tiles = 4"),
         ({"overlong": "truncate"}, "overlong"),
         ({"video_sampling": "often"}, "often"),

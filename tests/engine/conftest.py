@@ -113,6 +113,7 @@ def make_settings(model_dir: Path, indexes: dict[str, Path]) -> Callable[..., Ru
                 "pack_tiles": 16,
                 "packs_per_step": 4,
                 "window": 32,
+                "num_workers": 0,
             },
             "optim": {"lr": 3e-3, "warmup": 2},
             "steps": 6,

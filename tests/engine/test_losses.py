@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from evovlm.data.plan import LossWeighting, loss_weights
+from evovlm.data.step_plan import LossWeighting, loss_weights
 from evovlm.engine.losses import IGNORE, Targets, weighted_cross_entropy
 from evovlm.parallel.collectives import part_bounds
 from evovlm.parallel.fork import run_ranks

@@ -46,6 +46,12 @@ def numbers(run: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name not in TIMES} for line in metrics(run)]
 
 
+def of_any_layout(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that every number of ranks has in common."""
+    loads = {"llm_imbalance", "vit_imbalance", "outliers"}
+    return [{name: value for name, value in line.items() if name not in loads} for line in lines]
+
+
 class PowerCutError(Exception):
     """Ends a process in the middle of a step."""
 
@@ -146,6 +152,15 @@ def story(runs: Path, make_settings: MakeSettings, indexes: dict[str, Path]) -> 
         world.barrier()
         train(make_settings(runs / "middle"), world, str(runs / "elsewhere"))
 
+        # From step 4 on the mixture is another one: it has to be said, and is recorded.
+        other = {"weights": {"shapes": 1.0, "text": 0.0}}
+        if world.is_main:
+            shutil.copytree(checkpoint_dir(runs / "whole", 4), runs / "fourth")
+        world.barrier()
+        seen["changed unsaid"] = error(make_settings(runs / "changed", data=other), str(runs / "fourth"))
+        other["phases"] = [{"steps": 4, "datasets": ["shapes", "text"]}]
+        train(make_settings(runs / "changed", data=other), world, str(runs / "fourth"))
+
         train(make_settings(runs / "float64", precision="float64", steps=3, validate_every=0, export="none"), world)
         return seen
 
@@ -213,8 +228,21 @@ def test_a_run_resumes_as_itself_only(story: dict[str, Any]) -> None:
     assert "seed is 0 there, 1 here" in story["seed"]
     assert "stage.weighting is 'square' there, 'token' here" in story["stage"]
     assert "normalize is 'imagenet' there, 'clip' here" in story["pixels"]
-    assert "index.shapes is [27, " in story["data"]
+    assert "dataset 'shapes' of the checkpoint's index is [0, 7, 400, 34, 20] here, [0, 27, " in story["data"]
     assert "is not a complete checkpoint" in story["nowhere"]
+
+
+def test_a_change_of_the_mixture_is_said_and_recorded(
+    story: dict[str, Any], runs: Path, make_settings: MakeSettings
+) -> None:
+    assert "put the steps so far into [[data.phases]], with steps that add up to 4" in story["changed unsaid"]
+    (event,) = [json.loads(line) for line in (runs / "changed" / "events.jsonl").read_text().splitlines()]
+    assert event["step"] == 4
+    assert event["event"].startswith("from step 4 on: from step 4 shapes × 1 at 1:3; it was to be from step 4 shapes +")
+    assert event["event"] in (runs / "changed" / "log.txt").read_text()
+    lines = [line for line in metrics(runs / "changed") if "loss" in line]
+    assert [line["step"] for line in lines] == [5, 6]
+    assert all(line["samples"] and line["visual_tokens"] for line in lines)
 
 
 def test_another_number_of_ranks_goes_on_with_the_same_run(
@@ -224,10 +252,51 @@ def test_another_number_of_ranks_goes_on_with_the_same_run(
     settings = make_settings(runs / "alone", export="none")
     run_ranks(1, lambda world: train(settings, world, "auto"))
     after = [line for line in numbers(runs / "whole") if line["step"] > 2]
-    for ours, theirs in zip(numbers(runs / "alone"), after, strict=True):
+    for ours, theirs in zip(of_any_layout(numbers(runs / "alone")), of_any_layout(after), strict=True):
         assert ours == {
             name: pytest.approx(value, rel=1e-4 if name == "grad_norm" else 2e-5) for name, value in theirs.items()
         }
+
+
+def test_epochs_may_change_their_ranks_on_the_way(runs: Path, make_settings: MakeSettings) -> None:
+    """One rank, then four, then two: every global step trains on what it would have, none lost, none repeated."""
+    changes: dict[str, Any] = {"steps": None, "epochs": 3.0, "checkpoint": {"every": 1}, "validate_every": 0}
+    changes["stage"] = {"name": "pretrain", "language_ratio": "natural"}  # every sample once in an epoch
+    settings = make_settings(runs / "epoch", export="none", **changes)
+    data = open_data(settings, open_source(settings.model, settings.seed), ALONE)
+    drawn: list[tuple[int, int]] = []
+
+    def part(ranks: int, stop: int | None) -> None:
+        def job(world: World) -> None:
+            try:
+                with before_step(stop or 99, cut):
+                    train(settings, world, "auto")
+            except PowerCutError:
+                assert stop
+
+        run_ranks(ranks, job, timeout=300)
+
+    for ranks, stop in ((1, 3), (4, 4), (2, None)):  # the step of this process that fails
+        part(ranks, stop)
+    whole = make_settings(runs / "epoch whole", export="none", **changes)
+    run_ranks(2, lambda world: train(whole, world), timeout=300)
+    ours, theirs = (of_any_layout(numbers(runs / name)) for name in ("epoch", "epoch whole"))
+    assert [line["step"] for line in ours if "loss" in line] == list(range(1, data.total_steps + 1))
+    assert data.total_steps > 6
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == {name: pytest.approx(v, rel=1e-4 if name == "grad_norm" else 2e-5) for name, v in b.items()}
+        if "loss" in a:
+            plan = data.curriculum.plan_step(a["step"] - 1, data.layout)
+            assert (a["samples"], a["tokens"], a["visual_tokens"]) == (
+                plan.num_samples, plan.num_tokens, plan.num_visual_tokens
+            )  # fmt: skip
+            drawn += zip(plan.packs.samples.tolist(), plan.packs.visits.tolist(), strict=True)
+    assert len(set(drawn)) == len(drawn)
+    left = data.curriculum.last.stream.unused(data.total_steps)[2]
+    drawn += zip(left.samples.tolist(), left.visits.tolist(), strict=True)
+    assert {(sample, visit) for sample, visit in drawn if visit < 3} == {
+        (sample, visit) for sample in range(len(data.index.samples)) for visit in range(3)
+    }
 
 
 def test_a_run_may_change_its_layout(story: dict[str, Any], runs: Path, make_settings: MakeSettings) -> None:
@@ -237,7 +306,7 @@ def test_a_run_may_change_its_layout(story: dict[str, Any], runs: Path, make_set
     settings = make_settings(runs / "reshaped", steps=3, precision="float64", validate_every=0, parallel=parallel)
     run_ranks(4, lambda world: train(settings, world, "auto"), timeout=300)
     after = [line for line in numbers(runs / "float64") if line["step"] > 2]
-    for ours, theirs in zip(numbers(runs / "reshaped"), after, strict=True):
+    for ours, theirs in zip(of_any_layout(numbers(runs / "reshaped")), of_any_layout(after), strict=True):
         assert ours == {name: pytest.approx(value, rel=1e-10) for name, value in theirs.items()}
     ours, whole = (dict(load_model(runs / name).named_parameters()) for name in ("reshaped", "float64"))
     for name, parameter in whole.items():
@@ -357,7 +426,7 @@ def test_epochs_are_counted_in_packs(make_settings: MakeSettings, tmp_path: Path
     settings = make_settings(tmp_path)
     data = open_data(settings, open_source(settings.model, 0), ALONE)
     assert data.total_steps == 6
-    assert total_steps(1.0) == round(data.planner.num_packs(1) / 4)
-    assert total_steps(3.0) == round(data.planner.num_packs(3) / 4)
-    assert total_steps(0.5) == round(data.planner.num_packs(1) / 8)
+    assert total_steps(1.0) == round(data.curriculum.last.num_packs(1) / 4)
+    assert total_steps(3.0) == round(data.curriculum.last.num_packs(3) / 4)
+    assert total_steps(0.5) == round(data.curriculum.last.num_packs(1) / 8)
     assert total_steps(1e-6) == 1

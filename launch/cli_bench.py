@@ -1,0 +1,80 @@
+"""The commands under ``evovlm bench``: each measures one part side by side with its alternatives."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+bench_app = typer.Typer(
+    help="Measure a part side by side with its alternatives; results as a table and, with --json, as a file.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+JsonFile = Annotated[Path | None, typer.Option("--json", help="JSON file to write, too.")]
+
+
+@bench_app.command("exchange")
+def bench_exchange(
+    json_file: JsonFile = None,
+    ranks: Annotated[int, typer.Option(min=2, help="Ranks to fork, a power of two.")] = 8,
+    repetitions: Annotated[int, typer.Option(min=1, help="How often each way is timed.")] = 5,
+) -> None:
+    """Bytes and times of the vision exchange, an all-gather, and two exchanges."""
+    from evovlm.launch import bench_exchange
+
+    bench_exchange.run(json_file, ranks, repetitions)
+
+
+@bench_app.command("overlap")
+def bench_overlap(
+    json_file: JsonFile = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Chrome trace to write.")] = None,
+    ranks: Annotated[int, typer.Option(min=2, help="Ranks to fork: 2 or 4.")] = 2,
+) -> None:
+    """How far the gathers of weights lie under computation, from a trace."""
+    from evovlm.launch import bench_overlap
+
+    bench_overlap.run(out, json_file, ranks)
+
+
+@bench_app.command("packing")
+def bench_packing(
+    json_file: JsonFile = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples to pack.")] = 1_000_000,
+    repetitions: Annotated[int, typer.Option(min=1, help="How often ours is timed.")] = 3,
+    max_tokens: Annotated[int, typer.Option(min=16_384, help="Most tokens of a pack.")] = 16_384,
+    max_tiles: Annotated[int, typer.Option(min=32, help="Most tiles of a pack.")] = 48,
+    window: Annotated[int, typer.Option(min=1, help="Samples packed together by ours.")] = 65_536,
+) -> None:
+    """Fill and speed of packing, beside other algorithms."""
+    from evovlm.launch import bench_packing
+
+    bench_packing.run(json_file, samples, repetitions, max_tokens, max_tiles, window)
+
+
+@bench_app.command("balance")
+def bench_balance(
+    json_file: JsonFile = None,
+    packs_per_rank: Annotated[int, typer.Option(min=1, help="Packs of each rank in a step.")] = 8,
+    repetitions: Annotated[int, typer.Option(min=1, help="How often solving is timed.")] = 9,
+) -> None:
+    """Largest load over the mean for LLM and ViT at up to 2,560 simulated ranks."""
+    from evovlm.launch import bench_balance
+
+    bench_balance.run(json_file, packs_per_rank=packs_per_rank, repetitions=repetitions)
+
+
+@bench_app.command("loader")
+def bench_loader(
+    json_file: JsonFile = None,
+    images: Annotated[int, typer.Option(min=16, help="Image files to make.")] = 64,
+    workers: Annotated[
+        list[int] | None, typer.Option(min=1, help="Processes that decode; repeatable. Default: 1 and 2.")
+    ] = None,
+    index_samples: Annotated[int, typer.Option(min=0, help="Samples of the large index; 0: none.")] = 10_000_000,
+    repetitions: Annotated[int, typer.Option(min=1, help="How often each way is timed.")] = 3,
+) -> None:
+    """Images a second beside a plain loop, and time and memory of an index of ten million samples."""
+    from evovlm.launch import bench_loader
+
+    bench_loader.run(json_file, images, workers, index_samples, repetitions)
