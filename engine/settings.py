@@ -193,7 +193,7 @@ class ParallelSettings(Settings):
     cost_model: Path | None = None
     """What steps cost, measured by ``evovlm calibrate``; by default counted from the model's shape."""
     node_ranks: int = Field(0, ge=0)
-    """Ranks of a node, so that visual tokens stay inside it where that costs nothing; 0 means unknown."""
+    """Ranks of a node, so that visual tokens stay inside it where that costs nothing; 0: as the launcher says."""
     min_unit: int = Field(1_000_000, ge=0)
     """Blocks of fewer parameters are gathered with the module around them."""
 

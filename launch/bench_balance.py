@@ -83,7 +83,7 @@ def measure(
 def run(
     json_file: Path | None = None,
     ranks: Sequence[int] = RANKS,
-    packs_per_rank: int = 6,
+    packs_per_rank: int = 8,
     small: Sequence[int] = (1, 2, 4),
     pack_tokens: int = 16_384,
     pack_tiles: int = 48,
@@ -131,12 +131,12 @@ def _solved(lines: list[tuple[int, dict[str, Any]]], caption: str) -> Any:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, caption=caption)
-    for heading in ("ranks", "packs each", "samples each", "llm", "bound", "vit", "bound", "local tiles", "solve"):
+    table = Table(box=SIMPLE_HEAD, caption=caption, padding=(0, 1, 0, 0))
+    for heading in ("ranks", "packs each", "samples", "llm", "bound", "vit", "bound", "tiles at home", "solve, ms"):
         table.add_column(heading, justify="right")
     for number, line in lines:
         shares = (f"{line[name]:.4f}" for name in ("llm", "llm_bound", "vit", "vit_bound"))
-        local, solve_ms = f"{line['local_tiles']:.0%}", f"{line['solve_ms']:.2f} ms"
+        local, solve_ms = f"{line['local_tiles']:.0%}", f"{line['solve_ms']:.2f}"
         samples = f"{line['samples_per_rank']:.1f}"
         table.add_row(str(number), str(line["packs_per_rank"]), samples, *shares, local, solve_ms)
     return table
@@ -146,12 +146,10 @@ def _ways(lines: dict[str, Any]) -> Any:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(
-        "way", box=SIMPLE_HEAD, caption="largest/mean of LLM cost | of tiles | LLM if ranks meet in every microbatch"
-    )
+    table = Table("way", box=SIMPLE_HEAD, caption="largest/mean: LLM cost | tiles", padding=(0, 1, 0, 0))
     for number in lines:
-        table.add_column(f"{number} ranks", justify="right")
+        table.add_column(f"{number} ranks", justify="right", no_wrap=True)
     for way in WAYS:
-        parts = ([line["ways"][way].get(name) for name in ("llm", "vit", "lockstep")] for line in lines.values())
+        parts = ([line["ways"][way].get(name) for name in ("llm", "vit")] for line in lines.values())
         table.add_row(way, *(" | ".join("–" if x is None else f"{x:.3f}" for x in values) for values in parts))
     return table

@@ -2,7 +2,7 @@
 
     rank 0   encode ▓▓▓▓▓▓▓▓│ LLM ▓▓▓▓    │ gradients of tiles ▓▓▓▓▓▓▓▓│     the step ends with the slowest rank
     rank 1   encode ▓       │ LLM ▓▓▓▓▓▓▓▓│ gradients of tiles ▓       │     ▓ busy: processor time of the rank
-                     idle              idle                     idle         idle share = 1 - busy / step
+                     idle              idle                    idle          idle share = 1 - busy / step
 
 All ways (``bench_balance_real_step.py``) run the same steps in turn with a learning rate of 0: whole optimizer steps
 from the same weights, so their losses must be equal. Data is loaded and images are decoded before.
@@ -12,7 +12,8 @@ Ranks compute on one thread each. Waiting for another rank takes no processor ti
 balance off takes less time than it would on a core for each rank, and every rank seems idle while its core works for
 another. What would bound the step there is told apart: ``bound_seconds``, the processor time of the busiest rank in
 each of the phases above and in the optimizer, added up. Ranks are never a phase apart, since ZeRO's gathers and
-reductions wait for all; inside the LLM's phase they wait in every microbatch, so the step cannot be that fast.
+reductions wait for all; inside the LLM's phase they wait in every microbatch, so a step takes a little longer than the
+bound. What other programs take of the cores counts as idle time in the step, too, but not in the bound.
 """
 
 import os
@@ -48,9 +49,10 @@ from evovlm.parallel.world import World
 PHASES = ("encode", "llm", "return", "optimizer")
 TOLERANCE = 1e-5
 _PROBE = 0.5  # seconds that all ranks but one wait, to see what waiting costs
+_NAMES = {"off": "off", "vision_only": "vision", "llm_only": "LLM", "on": "on"}
 _CAPTION = (
-    "bound: processor time of the busiest rank in each phase, added up: the step on a core for each rank\n"
-    "idle: 1 - busy / step; busy, LLM cost, tiles: largest / mean of ranks"
+    "seconds; bound: processor time of the busiest rank in each phase, added up\n"
+    "idle: % of the slowest and the fastest rank; LLM, tiles: largest / mean load"
 )
 Floats = NDArray[np.float64]
 
@@ -190,11 +192,12 @@ def summarize(ranks: Sequence[Timed]) -> dict[str, Any]:
 
     Returns:
         By way: ``step_seconds``, mean over steps; ``spread``, (largest - least) / median over repetitions of all steps'
-        seconds; ``bound_seconds``, see the head of this file; ``idle``, the ``slowest`` and the ``fastest`` rank's
-        share of the step; largest over mean: ``busy_imbalance``, of processor time, ``phase_imbalance``, of that in a
-        phase, ``llm_imbalance`` and ``tiles_imbalance``, of the plan's loads. On over off: ``ratio`` of step seconds,
-        ``bound_ratio``. ``packs``: tiles and LLM cost over the mean of each pack of the first step; ``loss`` of each
-        step; ``waiting_cpu``, processor time per second of waiting for another rank.
+        seconds; ``bound_seconds``, see the head of this file; ``idle``, the share of the step in which the ``slowest``
+        and the ``fastest`` rank are not busy, ``idle_of_bound``, the same of the bound; largest over mean of ranks:
+        ``busy_imbalance``, of processor time, ``phase_imbalance``, of that in a phase, ``llm_imbalance`` and
+        ``tiles_imbalance``, of the plan's loads. On over off: ``ratio`` of step seconds, ``bound_ratio``. ``packs``:
+        tiles, and LLM cost over the mean, of each pack of the first step; ``loss`` of each step; ``waiting_cpu``,
+        processor time per second of waiting for another rank.
 
     Raises:
         RuntimeError: Two ways had different losses.
@@ -224,13 +227,8 @@ def summarize(ranks: Sequence[Timed]) -> dict[str, Any]:
         "spread": _by_way(spread),
         "bound_seconds": _by_way(bound),
         "bound_ratio": float(bound[on] / bound[off]),
-        "idle": {
-            way: {
-                "slowest": float(1 - whole[:, w].max(0).sum() / seconds[w].sum()),
-                "fastest": float(1 - whole[:, w].min(0).sum() / seconds[w].sum()),
-            }
-            for w, way in enumerate(WAYS)
-        },
+        "idle": _idle(whole, seconds.mean(1)),
+        "idle_of_bound": _idle(whole, bound),
         **{name: _by_way(_over_mean(load)) for name, load in loads.items()},
         "phase_imbalance": {
             way: {phase: float(_over_mean(busy[..., p])[w]) for p, phase in enumerate(PHASES)}
@@ -247,6 +245,15 @@ def summarize(ranks: Sequence[Timed]) -> dict[str, Any]:
 
 def _by_way(values: Floats) -> dict[str, float]:
     return dict(zip(WAYS, values.tolist(), strict=True))
+
+
+def _idle(busy: Floats, seconds: Floats) -> dict[str, dict[str, float]]:
+    """Share of a step, ``[ways]`` seconds, in which the busiest and the least busy rank, ``[ranks, ways, steps]``, are
+    idle.
+    """
+    slowest, fastest = (1 - times.mean(1) / seconds for times in (busy.max(0), busy.min(0)))
+    pairs = zip(slowest.tolist(), fastest.tolist(), strict=True)
+    return {way: {"slowest": s, "fastest": f} for way, (s, f) in zip(WAYS, pairs, strict=True)}
 
 
 def _loads(plans: list[list[StepPlan]], name: str) -> Floats:
@@ -268,17 +275,18 @@ def table(results: dict[str, Any], cpu: str) -> Any:
     cores = num_cores()
     few = any(int(r) > cores for r in results["ranks"])
     shared = f"\nmore ranks than the {cores} cores: idle ranks lend theirs, see the bound instead" if few else ""
-    table = Table("ranks", "balance", box=SIMPLE_HEAD, caption=f"{_CAPTION}{shared}\n{cpu}")
-    for heading in ("step", "/ off", "bound", "/ off", "idle slowest", "fastest", "busy", "LLM cost", "tiles"):
+    caption = f"{_CAPTION}{shared}\n{cpu}"
+    table = Table("ranks", "balance", box=SIMPLE_HEAD, pad_edge=False, caption=caption)
+    for heading in ("step", "/ off", "idle", "bound", "/ off", "idle", "LLM", "tiles"):
         table.add_column(heading, justify="right")
     for r, line in results["ranks"].items():
         for way in WAYS:
-            cells = [r if way == WAYS[0] else "", way.replace("_", " ")]
-            for name in ("step_seconds", "bound_seconds"):
-                value = line[name][way]
-                cells += [f"{value * 1e3:,.0f} ms", f"{value / line[name]['off']:.2f}"]
-            cells += [f"{line['idle'][way][which]:.0%}" for which in ("slowest", "fastest")]
-            cells += [f"{line[f'{load}_imbalance'][way]:.2f}" for load in ("busy", "llm", "tiles")]
+            cells = [r if way == WAYS[0] else "", _NAMES[way]]
+            for name, idle in (("step_seconds", "idle"), ("bound_seconds", "idle_of_bound")):
+                value, shares = line[name][way], line[idle][way]
+                cells += [f"{value:.2f}", f"{value / line[name]['off']:.2f}"]
+                cells.append("–".join(f"{100 * shares[which]:.0f}" for which in ("slowest", "fastest")))
+            cells += [f"{line[f'{load}_imbalance'][way]:.2f}" for load in ("llm", "tiles")]
             table.add_row(*cells, end_section=way == WAYS[-1])
     return table
 

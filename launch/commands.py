@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from evovlm.engine.run_data import RunData
     from evovlm.engine.settings import RunSettings
     from evovlm.models.hf.names import Format
+    from evovlm.parallel.world import World
 
 
 def run_settings(recipe: str, overrides: Sequence[str]) -> "RunSettings":
@@ -44,7 +45,16 @@ def train(settings: "RunSettings", ranks: RankInfo, resume: str) -> None:
     from evovlm.engine import trainer
 
     with process_group(ranks, timeout=settings.parallel.timeout) as world:
-        trainer.train(settings, world, resume)
+        trainer.train(_on_nodes(settings, ranks, world), world, resume)
+
+
+def _on_nodes(settings: "RunSettings", ranks: RankInfo, world: "World") -> "RunSettings":
+    """Say how many ranks a node has, where the recipe does not and all nodes have as many: plans are made by it."""
+    largest, smallest = world.max([ranks.local_world_size, -ranks.local_world_size])
+    if settings.parallel.node_ranks or largest != -smallest:
+        return settings
+    parallel = settings.parallel.model_copy(update={"node_ranks": ranks.local_world_size})
+    return settings.model_copy(update={"parallel": parallel})
 
 
 def submit(

@@ -11,6 +11,7 @@ from evovlm.data.batch import BatchSettings, V2PESettings
 from evovlm.data.images import load_tiles
 from evovlm.data.index import Index
 from evovlm.data.mixture import Mixture, MixtureSettings
+from evovlm.data.order import Sequential
 from evovlm.data.plan import Planner
 from evovlm.data.plan_settings import PlanSettings
 from evovlm.data.step_batch import StepBatch, build_step
@@ -139,3 +140,45 @@ def test_mixes_differ_in_what_they_hold(indexes: dict[str, Path]) -> None:
     assert min(shares) == 0.0
     assert max(shares) > 0.1
     assert len({plan.num_tiles for plan in plans}) > 5
+
+
+@pytest.mark.parametrize("weighting", ["square", "token"])
+def test_the_loss_does_not_depend_on_the_packing(
+    indexes: dict[str, Path], tokenizer: Tokenizer, small_config: InternVLConfig, weighting: Any
+) -> None:
+    """The same samples in other packs, in another order, beside other neighbours: the same loss and gradients."""
+    index = Index.open(indexes["train"])
+    seen = []
+    for window, even_packs, pack_tokens in (
+        (8, "never", 224),
+        (64, "never", 224),
+        (64, "always", 224),
+        (16, "never", 300),
+    ):
+        s = PlanSettings(
+            seed=1,
+            pack_tokens=pack_tokens,
+            pack_tiles=16,
+            packs_per_step=24,
+            loss_weighting=weighting,
+            window=window,
+            even_packs=even_packs,
+        )
+        planner = Planner(index, Sequential(index), s)
+        assert planner.num_steps == 1
+        plan = planner.plan_step(0, DataLayout(1, 24))
+        assert plan.num_samples == len(index)
+        model = plain_model_of(small_config)
+        packs = whole_packs(batch_of(index, planner, plan, tokenizer, 0, 0))
+        total = sum((plain_loss(model, pack) for pack in packs), torch.zeros((), dtype=torch.float64))
+        (total / plan.loss_denominator).backward()
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        seen.append(
+            (float(total.detach()) / plan.loss_denominator, gradients, [p.samples.tolist() for p in plan.packs])
+        )
+    first = seen[0]
+    assert len({str(packs) for _, _, packs in seen}) == len(seen)
+    for loss, gradients, _ in seen[1:]:
+        # Loss weights are float32, so that 1/√n is rounded, but alike in every packing.
+        assert loss == pytest.approx(first[0], rel=1e-10)
+        torch.testing.assert_close(gradients, first[1], rtol=1e-9, atol=1e-12)

@@ -143,11 +143,13 @@ def test_ranks_train_and_their_losses_are_equal(measured: dict[str, Any]) -> Non
     assert list(measured["ranks"]) == ["2"]
     assert len(line["loss"]) == 2
     assert all(4 < loss < 8 for loss in line["loss"])  # ln 384 = 5.95: random weights
-    for name in ("step_seconds", "spread", "bound_seconds", "idle", "phase_imbalance"):
+    for name in ("step_seconds", "spread", "bound_seconds", "idle", "idle_of_bound", "phase_imbalance"):
         assert list(line[name]) == list(WAYS)
     assert all(seconds > 0 for way in WAYS for seconds in (line["step_seconds"][way], line["bound_seconds"][way]))
     for way in WAYS:
-        assert line["idle"][way]["slowest"] <= line["idle"][way]["fastest"] < 1
+        for name in ("idle", "idle_of_bound"):
+            assert line[name][way]["slowest"] <= line[name][way]["fastest"] < 1
+        assert line["idle_of_bound"][way]["slowest"] >= 0
         assert list(line["phase_imbalance"][way]) == list(PHASES)
         for imbalance in (*line["phase_imbalance"][way].values(), line["busy_imbalance"][way]):
             assert 1 <= imbalance <= 2
@@ -168,13 +170,14 @@ def test_report_and_table(
         return measured
 
     monkeypatch.setattr(bench_balance_real, "measure", answer)
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", "80")
     report = run(tmp_path / "new" / "b.json", ranks=(2,), steps=2, repetitions=5)
     assert asked == [((2,), 2, 5)]
     assert json.loads((tmp_path / "new" / "b.json").read_text()) == report
     assert report["results"] == measured
     shown = capsys.readouterr().out
-    assert "vision only" in shown
+    assert "vision" in shown
+    assert "…" not in shown  # fits
     assert "lend theirs" not in shown
     monkeypatch.setattr(bench_balance_real, "num_cores", lambda: 1)
     run(ranks=(2,))
@@ -204,6 +207,7 @@ def test_steps_and_ranks_are_summed_up(data: tuple[Index, Tokenizer], mix: Mix) 
     assert found["bound_ratio"] == 1.0
     assert found["idle"]["off"] == pytest.approx({"slowest": 1 - 8 / 40, "fastest": 1 - 5 / 40})
     assert found["idle"]["on"] == pytest.approx({"slowest": 1 - 8 / 10, "fastest": 1 - 5 / 10})
+    assert found["idle_of_bound"]["off"] == pytest.approx({"slowest": 1 - 8 / 9, "fastest": 1 - 5 / 9})
     assert found["busy_imbalance"]["on"] == pytest.approx(8 / 6.5)
     assert found["phase_imbalance"]["on"] == pytest.approx(dict(zip(PHASES, [1.5, 4 / 3, 1.5, 1], strict=True)))
     load = _plans(data, mix, 0)["off"].vit_load
