@@ -47,11 +47,6 @@ class Sample:
         """Dataset and line, such as ``chart/17``."""
         return f"{self.dataset}/{self.line}"
 
-    @property
-    def is_plain_text(self) -> bool:
-        """Whether this is pre-training text without images, which may be split where it is too long."""
-        return self.turns[0]["from"] == "pretrain" and not self.images and self.video is None
-
 
 def parse_sample(raw: bytes | str, dataset: str, line: int) -> Sample:
     """Turn one line into a ``Sample``; ``<image>`` and a newline are prepended where a lone image has no placeholder.

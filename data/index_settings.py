@@ -26,9 +26,9 @@ class IndexSettings(BaseModel):
         max_tiles: most tiles of an image's grid, without the thumbnail, at most 254; ``max_dynamic_patch`` of a
             dataset wins.
         thumbnail: one more tile with the whole image where the grid has more than one.
-        max_tokens: most expanded tokens of a sample; None: no limit.
-        overlong: what happens to a sample above ``max_tokens``: "skip" counts and lists it; "error" stops; "split"
-            makes several samples of plain pre-training text and of corpus documents (other samples: skip).
+        max_tokens: most expanded tokens of a sample; None: no limit, so that an index serves packs of any length (a
+            recipe's ``data.long_samples`` says what becomes of samples that are longer than a pack).
+        overlong: what happens to a sample above ``max_tokens``: "skip" counts and lists it; "error" stops.
         system_prompt: system turn of conversations that bring none; None: the template's own (``chat.DEFAULT_SYSTEM``).
         num_workers: processes; 0: one per core.
         check_images: "header" reads every image's size; "decode" decodes all of it, which finds truncated files too
@@ -54,7 +54,7 @@ class IndexSettings(BaseModel):
     max_tiles: Annotated[int, Field(ge=1, le=MAX_GRID_TILES)] = 12
     thumbnail: bool = True
     max_tokens: Annotated[int, Field(ge=2)] | None = None
-    overlong: Literal["skip", "error", "split"] = "skip"
+    overlong: Literal["skip", "error"] = "skip"
     system_prompt: str | None = None
     num_workers: Annotated[int, Field(ge=0)] = 0
     check_images: Literal["header", "decode"] = "header"

@@ -68,8 +68,8 @@ def _lines(task: LineTask) -> Chunk:
             sample = parse_sample(raw, task.dataset.name, line)
             images, turns = _look_at_images(sample, task.settings, task.dataset)
             chat = render(with_system(turns, task.settings.system_prompt), len(images), tokenizer, name=sample.name)
-            for part in _fit(chat, images, sample, task.settings):
-                rows.add(line, part, images, task.settings.tokens_per_tile)
+            _check_fit(chat, images, sample, task.settings)
+            rows.add(line, chat, images, task.settings.tokens_per_tile)
         except SampleError as error:
             sample_id = sample.id if sample is not None else _id_of(raw)
             skips.append(Skip(line, sample_id, error.reason, error.detail))
@@ -139,32 +139,14 @@ def _look_at_images(
     return images, sample.turns
 
 
-def _fit(chat: ChatTokens, images: list[_Image], sample: Sample, settings: IndexSettings) -> Iterator[ChatTokens]:
-    """Apply the length limit: the sample itself, or its parts if it may be split.
-
-    Parts overlap by one token, so that every token but the first is the target of exactly one of them.
-
-    Raises:
-        SampleError: over-long, or nothing is supervised.
-    """
+def _check_fit(chat: ChatTokens, images: list[_Image], sample: Sample, settings: IndexSettings) -> None:
+    """Raise ``SampleError`` if a sample is over-long, or nothing of it is supervised."""
     num_visual = sum(image.num_tiles for image in images) * settings.tokens_per_tile
     total, limit = len(chat.ids) + num_visual, settings.max_tokens
     if not chat.supervised[1:].any():
         raise SampleError(Reason.NO_TARGETS, f"none of its {total} tokens is a target of the loss", sample.name)
-    if limit is None or total <= limit:
-        yield chat
-    elif settings.overlong == "split" and sample.is_plain_text:
-        for start, length in zip(*(array.tolist() for array in _parts(total, limit)), strict=True):
-            stretch = slice(start, start + length)
-            yield ChatTokens(chat.ids[stretch], chat.supervised[stretch], [])
-    else:
+    if limit is not None and total > limit:
         raise SampleError(Reason.TOO_LONG, _too_long(total, num_visual, limit), sample.name)
-
-
-def _parts(length: int, limit: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Cut ``length`` tokens into parts of at most ``limit`` that overlap by one: their starts and lengths."""
-    starts = np.arange(0, length - 1, limit - 1)
-    return starts, np.minimum(limit, length - starts)
 
 
 def _too_long(total: int, num_visual: int, limit: int) -> str:
@@ -231,8 +213,7 @@ def _documents(task: DocumentTask) -> Chunk:
         check_ids(tokens.view(np.ndarray), first, task.vocab_size, task.prefix)
 
     limit, lengths = task.settings.max_tokens, task.lengths
-    too_long = lengths > (limit or lengths.max() + 1)
-    usable = (lengths > 1) & ~(too_long & (task.settings.overlong != "split"))
+    usable = (lengths > 1) & (lengths <= (limit or lengths.max()))
     skips = []
     for number in np.flatnonzero(~usable).tolist():
         length = int(lengths[number])
@@ -245,17 +226,9 @@ def _documents(task: DocumentTask) -> Chunk:
         skips.append(Skip(task.first_document + number, None, reason, detail))
 
     document = np.flatnonzero(usable)
-    start = np.zeros(len(document), dtype=np.int64)
-    if limit is not None:  # parts overlap by one token, as in _parts
-        num_parts = np.maximum(1, -(-(lengths[document] - 1) // (limit - 1)))
-        part = np.arange(num_parts.sum()) - np.repeat(np.cumsum(num_parts) - num_parts, num_parts)
-        document, start = np.repeat(document, num_parts), part * (limit - 1)
-    num_tokens = lengths[document] - start
-    if limit is not None:
-        num_tokens = np.minimum(limit, num_tokens)
     samples = np.zeros(len(document), dtype=SAMPLE)
     samples["line"] = task.first_document + document
-    samples["token_offset"] = task.offsets[document] + start
-    samples["num_stored"] = samples["num_tokens"] = num_tokens
-    samples["num_supervised"] = num_tokens - 1
+    samples["token_offset"] = task.offsets[document]
+    samples["num_stored"] = samples["num_tokens"] = lengths[document]
+    samples["num_supervised"] = lengths[document] - 1
     return Chunk(num_lines=len(lengths), samples=samples, skips=tuple(skips))

@@ -167,11 +167,14 @@ class Planner:
         return tiles, Pieces(made.image, made.first, made.tiles, made.encoder)
 
     def _supervised(self, packs: Packs) -> NDArray[np.int64]:
-        """Targets of each segment; those of a split text are counted in its tokens."""
+        """Targets of each segment; those of a split text are counted in its tokens, unless they are all that can be."""
         counts: NDArray[np.int64] = self.index.samples["num_supervised"][packs.samples].astype(np.int64)
-        for i in np.flatnonzero(packs.lengths != self._tokens[packs.samples]).tolist():
+        tokens = self._tokens[packs.samples].astype(np.int64)
+        # Row t has the label t + 1, so the last row of a part has the first token of the next as its target.
+        everything = counts == tokens - 1
+        counts = np.where(everything, np.minimum(packs.lengths, tokens - 1 - packs.begins), counts)
+        for i in np.flatnonzero((packs.lengths != tokens) & ~everything).tolist():
             _, supervised = self.index.tokens(int(packs.samples[i]))
-            # Row t has the label t + 1, so the last row of a part has the first token of the next as its target.
             first = int(packs.begins[i]) + 1
             counts[i] = np.count_nonzero(supervised[first : first + int(packs.lengths[i])])
         return counts

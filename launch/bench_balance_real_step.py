@@ -73,8 +73,6 @@ def write_data(folder: Path, mix: Mix, num_workers: int) -> tuple[Index, Tokeniz
         tile_size=mix.model.vision.tile_size,
         tokens_per_tile=mix.model.tokens_per_tile,
         max_tiles=mix.model.max_tiles,
-        max_tokens=mix.pack_tokens,
-        overlong="split",
         system_prompt=SYSTEM_PROMPT,
         num_workers=num_workers,
     )
@@ -119,6 +117,7 @@ class WayPlanner(Planner):
             pack_tokens=mix.pack_tokens,
             pack_tiles=mix.pack_tiles,
             packs_per_step=mix.packs_per_step,
+            long_samples="split",
         )
         mixture = Mixture(index, MixtureSettings(language_ratio=mix.language_ratio), mix.seed)
         supervised = index.meta.num_supervised / max(1, index.meta.num_tokens)

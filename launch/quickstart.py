@@ -70,8 +70,6 @@ class Quickstart:
                 tile_size=TINY.vision.tile_size,
                 tokens_per_tile=TINY.tokens_per_tile,
                 max_tiles=TINY.max_tiles,
-                max_tokens=512,
-                overlong="split",
                 system_prompt=SYSTEM_PROMPT,
                 num_workers=self.ranks,
             )

@@ -1,6 +1,7 @@
 """Microbatches of a real index: tokens, labels, weights and positions right in every row, and nothing else."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,15 @@ import torch
 
 from evovlm.csrc import random
 from evovlm.data.batch import BatchSettings, V2PESettings, build_microbatch, run_deltas
+from evovlm.data.build_index import IndexSettings, build_index
 from evovlm.data.chat import expand
+from evovlm.data.corpus import write_corpus
 from evovlm.data.index import Index
+from evovlm.data.mixture import Mixture, MixtureSettings
+from evovlm.data.order import Sequential
 from evovlm.data.packs import Pack
+from evovlm.data.plan import Planner
+from evovlm.data.plan_settings import PlanSettings
 from evovlm.data.step_plan import DataLayout, LossWeighting, loss_weights
 from evovlm.data.tokenizer import Tokenizer
 from evovlm.models.v2pe import DELTAS, segment_positions
@@ -140,6 +147,43 @@ def test_parts_of_a_text_join_to_the_whole(index: Index, tokenizer: Tokenizer) -
         targets = parts.labels[begin:end] != -100
         n = int(targets.sum())
         assert parts.weights[begin:end][targets].tolist() == pytest.approx([n**-0.5] * n)
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_every_token_of_a_long_document_is_a_target_once(
+    tmp_path: Path, tokenizer: Tokenizer, tiny_tokenizer_dir: Path, shuffled: bool
+) -> None:
+    """Documents of a corpus, some longer than a pack: all tokens but the first of each, from its left neighbour."""
+    rng = np.random.default_rng(2)
+    lengths = [5, T - 1, T, T + 1, 2 * T, 2 * T + 1, 3 * T + 7, 10 * T - 1, 2]
+    documents = [rng.integers(0, tokenizer.vocab_size, length).tolist() for length in lengths]
+    write_corpus(tmp_path / "books", documents, np.uint16)
+    (tmp_path / "meta.json").write_text('{"books": {"annotation": "books", "format": "megatron"}}')
+    out = tmp_path / "index"
+    build_index(IndexSettings(meta=tmp_path / "meta.json", tokenizer=tiny_tokenizer_dir, out=out, num_workers=1))
+    index = Index.open(out)
+    plan_settings = PlanSettings(
+        seed=SEED, pack_tokens=T, packs_per_step=4, window=4, loss_weighting="token", long_samples="split"
+    )
+    order = Mixture(index, MixtureSettings(), SEED) if shuffled else Sequential(index)
+    planner = Planner(index, order, plan_settings)
+    s = BatchSettings(SEED, T, "token", tokenizer.image_context, tokenizer.end_of_text, V2PESettings(), True)
+    targets: list[tuple[int, int]] = []
+    num_packs = planner.num_packs(1)
+    for step in range(-(-num_packs // 4)):
+        plan = planner.plan_step(step, DataLayout(2, 2))
+        batches = [build_microbatch(index, pack, s) for pack in plan.packs]
+        assert sum(batch.weights.sum().item() for batch in batches) == plan.loss_denominator == plan.num_supervised
+        for pack, batch in list(zip(plan.packs, batches, strict=True))[: num_packs - 4 * step]:
+            found = dict(zip(batch.cu_seqlens.tolist(), zip(pack.samples, pack.begins, strict=True), strict=False))
+            for row in (batch.labels != -100).nonzero().flatten().tolist():
+                border = max(begin for begin in found if begin <= row)
+                document, place = int(found[border][0]), int(found[border][1]) + row - border
+                assert batch.tokens[row].item() == documents[document][place]
+                assert batch.labels[row].item() == documents[document][place + 1]
+                assert batch.positions[row].item() == row - border
+                targets.append((document, place + 1))
+    assert sorted(targets) == [(d, t) for d, length in enumerate(lengths) for t in range(1, length)]
 
 
 def test_an_index_that_does_not_fit_its_tokens_is_an_error(index: Index, tokenizer: Tokenizer) -> None:

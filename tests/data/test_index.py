@@ -309,21 +309,6 @@ def test_overlong_error(shop: Workshop) -> None:
         shop.build(max_tokens=80, overlong="error")
 
 
-@pytest.mark.parametrize("limit", [2, 3, 50, 80])
-def test_overlong_split_keeps_every_target_once(shop: Workshop, limit: int) -> None:
-    long_chat = conversation("?", " ".join(["dog"] * 200))
-    shop.write({"d": [LONG, long_chat]})
-    whole, _ = shop.build()
-    ids = whole.tokens(0)[0].tolist()
-    index, report = shop.build(max_tokens=limit, overlong="split")
-    assert report.meta.skipped == {"too long": 1}, "conversations are not split"
-    parts = [index.tokens(i)[0].tolist() for i in range(len(index))]
-    assert all(2 <= len(part) <= limit for part in parts)
-    assert parts[0][:1] + [token for part in parts for token in part[1:]] == ids
-    assert index.meta.num_supervised == len(ids) - 1
-    assert {index.name(i) for i in range(len(index))} == {"d/1"}
-
-
 @settings(max_examples=15, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(any),
@@ -354,27 +339,17 @@ def test_corpus_documents(
     assert (index.datasets[1].kind, index.datasets[1].repeat_time) == ("language", 3.0)
 
 
-@pytest.mark.parametrize("overlong", ["skip", "split", "error"])
-def test_overlong_documents(shop: Workshop, overlong: str) -> None:
+def test_overlong_documents(shop: Workshop) -> None:
     documents = [list(range(n)) for n in (5, 10, 11, 19, 20, 28, 29, 1, 0, 2)]
     write_corpus(shop.folder / "books", documents)
     shop.write_meta({"books": {"annotation": "books", "format": "megatron"}})
-    if overlong == "error":
-        with pytest.raises(SampleError, match=r"sample 'books/3': 11 tokens, the limit is 10"):
-            shop.build(max_tokens=10, overlong=overlong)
-        return
-    index, report = shop.build(max_tokens=10, overlong=overlong)
-    too_long = {"too long": 5} if overlong == "skip" else {}
-    assert report.meta.skipped == {**too_long, "no supervised tokens": 1, "empty document": 1}
-    found: dict[int, list[list[int]]] = {}
-    for sample in range(len(index)):
-        ids = index.tokens(sample)[0].tolist()
-        assert index.samples["num_supervised"][sample] == len(ids) - 1
-        found.setdefault(int(index.samples["line"][sample]) - 1, []).append(ids)
-    for number, parts in found.items():
-        assert all(2 <= len(part) <= 10 for part in parts)
-        assert parts[0][:1] + [token for part in parts for token in part[1:]] == documents[number]
-    assert sorted(found) == ([0, 1, 9] if overlong == "skip" else [0, 1, 2, 3, 4, 5, 6, 9])
+    with pytest.raises(SampleError, match=r"sample 'books/3': 11 tokens, the limit is 10"):
+        shop.build(max_tokens=10, overlong="error")
+    index, report = shop.build(max_tokens=10)
+    assert report.meta.skipped == {"too long": 5, "no supervised tokens": 1, "empty document": 1}
+    assert [index.tokens(sample)[0].tolist() for sample in range(len(index))] == [documents[d] for d in (0, 1, 9)]
+    assert index.samples["num_supervised"].tolist() == [4, 9, 1]
+    assert [index.name(sample) for sample in range(3)] == ["books/1", "books/2", "books/10"]
 
 
 def test_corpus_of_another_tokenizer_is_an_error(shop: Workshop) -> None:
@@ -595,7 +570,7 @@ def test_settings_are_checked(shop: Workshop) -> None:
         ({"max_tokens": 1}, "max_tokens"),
         ({"max_tiles": 255}, "less than or equal to 254"),
         ({"min_tiles": 5, "max_tiles": 4}, "min_tiles = 5 is above max_tiles = 4"),
-        ({"overlong": "truncate"}, "overlong"),
+        ({"overlong": "split"}, "overlong"),
         ({"video_sampling": "often"}, "often"),
     ):
         with pytest.raises(ValidationError, match=message):

@@ -112,7 +112,6 @@ def test_text_sample() -> None:
     sample = parse_sample(line(("system", "Be terse."), QUESTION, ANSWER, id=5), "text", 3)
     assert (sample.name, sample.id, sample.images, sample.video) == ("text/3", "5", (), None)
     assert [turn["from"] for turn in sample.turns] == ["system", "human", "gpt"]
-    assert not sample.is_plain_text
     assert parse_sample(line(QUESTION, ANSWER, image="", video=None), "text", 1).images == ()
 
 
@@ -132,8 +131,6 @@ def test_multi_image_pretrain_and_video() -> None:
     sample = parse_sample(line(("human", "<image>\n<image>\nSame?"), ANSWER, image=["a.png", "b.png"]), "d", 1)
     assert sample.images == ("a.png", "b.png")
     sample = parse_sample(line(("pretrain", "One <image> and <image>."), image=["a.png", "b.png"]), "d", 1)
-    assert not sample.is_plain_text
-    assert parse_sample(line(("pretrain", "Plain text.")), "d", 1).is_plain_text
 
     sample = parse_sample(line(QUESTION, ANSWER, video="v.gif", clip=[0.5, 2]), "d", 1)
     assert (sample.video, sample.clip) == ("v.gif", (0.5, 2.0))

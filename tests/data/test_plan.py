@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from evovlm.data.mixture import Mixture, MixtureSettings
 from evovlm.data.order import Sequential
-from evovlm.data.packs import Pack
+from evovlm.data.packs import Pack, Packs
 from evovlm.data.plan import Planner
 from evovlm.data.plan_settings import PlanSettings
 from evovlm.data.step_plan import DataLayout, StepPlan, imbalance, loss_weights
@@ -240,6 +240,37 @@ def test_long_texts_are_split_and_nothing_is_lost(
     assert max(p.num_tokens for p in packs) <= TOKENS
     if not shuffled:  # the last step of an endless order goes on into the next epoch
         assert sum(plan.num_supervised for plan in plans) == sum(int(s[1:].sum()) for s in supervised) + 4
+
+
+def test_a_window_of_very_long_documents(make_index: MakeIndex) -> None:
+    """60,000 parts in a window; nothing is read, since every token but a document's first is a target."""
+    T, tokens = 16384, np.random.default_rng(0).integers(500_000, 1_500_000, 1000)
+    index = make_index({"name": "books", "tokens": tokens})  # has no tokens to read
+    planner = make_planner(index, pack_tokens=T, window=1000, packs_per_step=512, long_samples="split")
+    total, num_packs = int(tokens.sum()), planner.num_packs(1)
+    assert num_packs <= 1.001 * total / T
+    plans = [planner.plan_step(step, DataLayout(64, 8)) for step in range(num_packs // 512)]
+    packs = Packs.concatenate([plan.packs for plan in plans])
+    assert packs.num_tokens.max() <= T
+    last = packs.begins + packs.lengths == tokens[packs.samples]
+    assert sum(plan.num_supervised for plan in plans) == packs.lengths.sum() - last.sum()
+    begins = packs.samples << 32 | packs.begins
+    assert len(np.unique(begins)) == len(begins)
+    assert (packs.begins % T == 0).all()
+    assert (packs.lengths[~last] == T).all()
+
+
+def test_split_documents_keep_the_ratio_of_tokens(make_index: MakeIndex) -> None:
+    """A draw of a long document counts with all of its tokens."""
+    charts = {"name": "chart", "tokens": [20] * 300, "tiles": [1] * 300}
+    for text in ([1000] * 20, [50] * 400):
+        index = make_index({"name": "text", "tokens": text}, charts)
+        planner = make_planner(index, MixtureSettings(language_ratio="1:3"), window=1000, long_samples="split")
+        assert planner.shares[0].token_share == 0.25
+        packs = [planner.stream.of_step(step)[1] for step in range(planner.num_packs(50) // 8)]
+        is_text = np.concatenate([p.samples for p in packs]) < len(text)
+        lengths = np.concatenate([p.lengths for p in packs])
+        assert lengths[is_text].sum() / lengths.sum() == pytest.approx(0.25, abs=0.005)
 
 
 def test_long_samples_can_be_errors(make_index: MakeIndex) -> None:

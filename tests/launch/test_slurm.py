@@ -83,7 +83,7 @@ def test_defaults_come_from_the_recipe(capsys: pytest.CaptureFixture[str]) -> No
     script = printed(capsys, *FIRST)
     asked = directives(script)
     assert "--nproc-per-node 2 " in script  # its `ranks`
-    assert asked["cpus-per-task"] == "4"  # each with one thread that reads data
+    assert asked["cpus-per-task"] == "2"  # it decodes in the ranks
     assert asked["job-name"] == "pretrain"
     assert not {"gpus-per-node", "time", "partition", "account"} & set(asked)
 
