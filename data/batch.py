@@ -22,7 +22,7 @@ from torch import Tensor
 from evovlm.csrc import random
 from evovlm.data.index import Index
 from evovlm.data.packs import Pack
-from evovlm.data.sample import IGNORE, expand_sample
+from evovlm.data.sample import IGNORE, expand_sample, read_part
 from evovlm.data.step_plan import LossWeighting, loss_weights
 from evovlm.models.v2pe import DELTAS, segment_positions
 
@@ -106,17 +106,17 @@ def build_microbatch(index: Index, pack: Pack, settings: BatchSettings) -> Micro
     rows = [np.empty(0, np.int64)]
     columns = (pack.samples, pack.visits, pack.begins, pack.lengths)
     for sample, visit, first, length in zip(*(column.tolist() for column in columns), strict=True):
-        expanded = expand_sample(index, sample, image_context=settings.image_context)
-        whole = length == len(expanded.tokens)
+        whole = length == index.samples["num_tokens"][sample]
         begin, end = borders[-1], borders[-1] + length
-        if end > T or first + length > len(expanded.tokens):
-            raise ValueError(
-                f"sample '{index.name(sample)}': tokens {first} to {first + length} of {len(expanded.tokens)} end at "
-                f"token {end} of a pack of {T}"
-            )
-        tokens[begin:end] = expanded.tokens[first : first + length]
-        labels[begin:end] = expanded.labels[first : first + length]
-        supervised = labels[begin:end] != IGNORE
+        if end > T:
+            raise ValueError(f"sample '{index.name(sample)}' ends at token {end} of a pack of {T}")
+        if whole:
+            expanded = expand_sample(index, sample, image_context=settings.image_context)
+        else:
+            expanded = read_part(index, sample, first, length)
+        tokens[begin:end] = expanded.tokens
+        labels[begin:end] = expanded.labels
+        supervised = expanded.labels != IGNORE
         count, planned = int(supervised.sum()), int(index.samples["num_supervised"][sample])
         if whole and count != planned:
             raise ValueError(
@@ -124,7 +124,7 @@ def build_microbatch(index: Index, pack: Pack, settings: BatchSettings) -> Micro
             )
         weights[begin:end] = np.where(supervised, loss_weights(count, settings.loss_weighting), 0.0)
         deltas = run_deltas(settings.v2pe, settings.seed, sample, visit, len(expanded.runs))
-        positions[begin:end] = segment_positions(length, expanded.runs, deltas)  # a text that is split has no runs
+        positions[begin:end] = segment_positions(length, expanded.runs, deltas)
         rows += [np.arange(begin + start, begin + start + length) for start, length in expanded.runs]
         borders.append(end)
     if borders[-1] < T:

@@ -128,8 +128,15 @@ class Index:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def tokens(self, sample: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    def tokens(
+        self, sample: int, begin: int = 0, end: int | None = None
+    ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Return the collapsed token ids int32 [num_stored] of a sample, and bool [num_stored]: is it supervised.
+
+        Args:
+            sample: row of ``samples``.
+            begin: first token wanted, at least 0.
+            end: token after the last one wanted; None, or behind the last: all.
 
         Raises:
             IndexError: there is no such sample.
@@ -137,10 +144,11 @@ class Index:
         """
         offset, num_stored, _, _, source = self._details(sample)
         dtype = self._source_dtypes[source]
-        raw = self._source_files(source).read(offset * dtype.itemsize, num_stored * dtype.itemsize)
+        count = max(0, min(num_stored, num_stored if end is None else end) - begin)
+        raw = self._source_files(source).read((offset + begin) * dtype.itemsize, count * dtype.itemsize)
         stored = np.frombuffer(raw, dtype)
         if not self.meta.sources[source].own:
-            return stored.astype(np.int32), np.ones(num_stored, dtype=np.bool_)
+            return stored.astype(np.int32), np.ones(count, dtype=np.bool_)
         # The shift gives -1 for ~id, 0 for id: the exclusive or turns ~id to id.
         return np.bitwise_xor(stored, stored >> 31), stored >= 0
 

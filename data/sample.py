@@ -35,6 +35,33 @@ class ExpandedSample:
     refs: list[ImageRef]
 
 
+def read_part(index: Index, sample: int, begin: int, length: int) -> ExpandedSample:
+    """Read a part of a text that is split over packs; nothing else of it is read.
+
+    Args:
+        index: an open index.
+        sample: row of ``index.samples``, without images.
+        begin: first token of the part.
+        length: its tokens.
+
+    Returns:
+        The part as a sample; its last row has the first token after it as its target.
+
+    Raises:
+        ValueError: the sample has images, or no such tokens.
+    """
+    ids, supervised = index.tokens(sample, begin, begin + length + 1)
+    images = int(index.samples["num_images"][sample])
+    if images or len(ids) < length:
+        raise ValueError(
+            f"sample '{index.name(sample)}': tokens {begin} to {begin + length} were planned as a part of a text, but "
+            f"it has {images} images and {index.samples['num_tokens'][sample]} tokens"
+        )
+    labels = np.full(length, IGNORE, dtype=np.int64)
+    np.copyto(labels[: len(ids) - 1], ids[1:], where=supervised[1:])
+    return ExpandedSample(ids[:length], labels, [], [])
+
+
 def expand_sample(index: Index, sample: int, *, image_context: int) -> ExpandedSample:
     """Read a sample and put its visual tokens and shifted labels in place.
 

@@ -55,13 +55,21 @@ def bench_packing(
 @bench_app.command("balance")
 def bench_balance(
     json_file: JsonFile = None,
-    packs_per_rank: Annotated[int, typer.Option(min=1, help="Packs of each rank in a step.")] = 8,
-    repetitions: Annotated[int, typer.Option(min=1, help="How often solving is timed.")] = 9,
+    real: Annotated[
+        bool, typer.Option("--real", help="Train on 2 and 4 gloo ranks instead, with balance on and off (minutes).")
+    ] = False,
+    packs_per_rank: Annotated[int, typer.Option(min=1, help="Packs of each simulated rank in a step.")] = 8,
+    repetitions: Annotated[
+        int | None, typer.Option(min=1, help="How often everything is timed; by default 9, or 3 with --real.")
+    ] = None,
 ) -> None:
-    """Largest load over the mean for LLM and ViT at up to 2,560 simulated ranks."""
-    from evovlm.launch import bench_balance
+    """Largest load over the mean for LLM and ViT, at up to 2,560 simulated ranks or on real ones."""
+    from evovlm.launch import bench_balance, bench_balance_real
 
-    bench_balance.run(json_file, packs_per_rank=packs_per_rank, repetitions=repetitions)
+    if real:
+        bench_balance_real.run(json_file, repetitions=repetitions or 3)
+    else:
+        bench_balance.run(json_file, packs_per_rank=packs_per_rank, repetitions=repetitions or 9)
 
 
 @bench_app.command("loader")

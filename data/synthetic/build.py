@@ -201,8 +201,18 @@ def _write_text(out: Path, seed: int, texts: list[str]) -> None:
     capitals = re.compile(r"[A-Z]{2,}")
     build_tokenizer([capitals.sub("", text) for text in (*texts, *frame, *prose)], out / "tokenizer", VOCAB_SIZE)
     tokenizer = Tokenizer.load(out / "tokenizer")
-    encoded = [[*tokenizer.encode(document.text), tokenizer.end_of_text] for document in documents["train"]]
-    write_corpus(out / "text", encoded)
+    passages = [passage for document in documents["train"] for passage in _passages(document.text)]
+    write_corpus(out / "text", [[*tokenizer.encode(passage), tokenizer.end_of_text] for passage in passages])
+
+
+def _passages(text: str, size: int = 1500) -> list[str]:
+    """Cut a text at paragraphs into passages of about ``size`` characters: an epoch draws few, which should not differ much."""
+    passages = [""]
+    for paragraph in text.split("\n\n"):
+        if passages[-1] and len(passages[-1]) + len(paragraph) > size:
+            passages.append("")
+        passages[-1] += ("\n\n" if passages[-1] else "") + paragraph
+    return passages
 
 
 def _dataset_name(key: str) -> str:

@@ -19,6 +19,7 @@ from evovlm.data.order import Sequential
 from evovlm.data.packs import Pack
 from evovlm.data.plan import Planner
 from evovlm.data.plan_settings import PlanSettings
+from evovlm.data.sample import read_part
 from evovlm.data.step_plan import DataLayout, LossWeighting, loss_weights
 from evovlm.data.tokenizer import Tokenizer
 from evovlm.models.v2pe import DELTAS, segment_positions
@@ -194,7 +195,13 @@ def test_an_index_that_does_not_fit_its_tokens_is_an_error(index: Index, tokeniz
     s = BatchSettings(SEED, T, "square", tokenizer.image_context, tokenizer.end_of_text, V2PESettings(), True)
     with pytest.raises(ValueError, match=r"sample 'text/4' has (\d+) targets, but the index says"):
         build_microbatch(broken, a_pack([tokens[3]], [3]), s)
-    with pytest.raises(ValueError, match=r"sample 'text/\d+': .* end at token \d+ of a pack of 256"):
+    with pytest.raises(ValueError, match=r"sample 'text/\d+' ends at token \d+ of a pack of 256"):
         build_microbatch(index, a_pack(tokens[:20], [*range(20)]), s)
-    with pytest.raises(ValueError, match=rf"sample 'text/4': tokens 1 to {tokens[3] + 1} of {tokens[3]} end"):
-        build_microbatch(index, a_pack([tokens[3]], [3], [1]), s)
+    for begin, length in ((1, tokens[3] - 1 + 1), (tokens[3] - 2, 3)):
+        with pytest.raises(
+            ValueError, match=rf"sample 'text/4': tokens {begin} to {begin + length} .* {tokens[3]} tokens"
+        ):
+            read_part(index, 3, begin, length)
+    pictured = next(i for i in range(len(index)) if index.samples["num_images"][i])
+    with pytest.raises(ValueError, match=r"as a part of a text, but it has \d+ images"):
+        read_part(index, pictured, 0, 2)
