@@ -206,7 +206,7 @@ def _write_text(out: Path, seed: int, texts: list[str]) -> None:
 
 
 def _passages(text: str, size: int = 1500) -> list[str]:
-    """Cut a text at paragraphs into passages of about ``size`` characters: an epoch draws few, which should not differ much."""
+    """Cut a text at paragraphs into passages of about ``size`` characters: an epoch draws few."""
     passages = [""]
     for paragraph in text.split("\n\n"):
         if passages[-1] and len(passages[-1]) + len(paragraph) > size:
