@@ -4,7 +4,6 @@
 |---|---|
 | `command` | `evovlm --help`, from start to end of the process |
 | `matmul` | a float32 matrix product on all cores (or the GPU): what the model's numbers can be held against |
-| `packing` | filling packs under two budgets, in C++ on one core |
 | `tiles` | a 1024 × 768 JPEG, decoded and cut into nine 448-pixel tiles and a thumbnail |
 | `forward`, `training` | the `tiny` model on one pack of 2,048 tokens and 16 tiles: forward; forward and backward |
 
@@ -75,20 +74,6 @@ def matmul(repetitions: int) -> list[Measurement]:
     return [_measurement("matmul", 2 * size**3 / 1e9, "GFLOP/s", _time(work, repetitions))]
 
 
-def packing(repetitions: int) -> list[Measurement]:
-    """Time packing of samples whose lengths and tiles are spread as those of a multimodal mixture."""
-    import numpy as np
-
-    from evovlm.csrc.random import keys, uniform
-    from evovlm.data.packing import pack_windows
-
-    count = 1_000_000
-    tiles = (13 * uniform(keys("bench", "tiles", np.arange(count))) ** 3).astype(np.int32)
-    tokens = (64 + 1000 * uniform(keys("bench", "tokens", np.arange(count))) ** 2 + 256 * tiles).astype(np.int32)
-    seconds = _time(lambda: pack_windows(tokens, tiles, 16384, 16384, 48), repetitions)
-    return [_measurement("packing", count / 1e6, "million samples/s", seconds)]
-
-
 def tiles(repetitions: int) -> list[Measurement]:
     """Time decoding and tiling of a photograph-like JPEG."""
     import numpy as np
@@ -151,7 +136,6 @@ def model(repetitions: int) -> list[Measurement]:
 BENCHMARKS: dict[str, Callable[[int], list[Measurement]]] = {
     "command": command,
     "matmul": matmul,
-    "packing": packing,
     "tiles": tiles,
     "model": model,
 }
