@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from evovlm.data.order import PlanIndex
 from evovlm.data.packs import Packs
 
 LossWeighting = Literal["token", "sample", "square"]
@@ -149,6 +150,22 @@ class StepPlan:
             state.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
         state.update(self.loss_denominator.hex().encode())
         return state.hexdigest()
+
+
+def describe_outliers(plan: StepPlan, index: PlanIndex, cp: int) -> str:
+    """Say which samples cost more than a rank's share of their step.
+
+    Args:
+        plan: a step with outliers.
+        index: the index that it was planned from.
+        cp: context-parallel ranks of the LLM, which share a sample's rows.
+    """
+    sample = int(plan.outliers[0])
+    remedy = f"its rows are spread over cp = {cp} ranks" if cp > 1 else "[parallel.llm] cp = 2 would share it"
+    return (
+        f"samples that cost more than the mean rank: {len(plan.outliers)}, such as '{index.name(sample)}' of "
+        f"{index.samples['num_tokens'][sample]} tokens; {remedy}"
+    )
 
 
 def imbalance(load: NDArray[np.int64]) -> float:

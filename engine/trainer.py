@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from evovlm.data.step_batch import StepBatch
-from evovlm.data.step_plan import StepPlan, imbalance
+from evovlm.data.step_plan import StepPlan, describe_outliers, imbalance
 from evovlm.engine.checkpoint import drop_later, list_checkpoints, load_checkpoint, read_meta, save_checkpoint
 from evovlm.engine.engine import Engine
 from evovlm.engine.flops import forward_flops, peak_flops, training_flops
@@ -230,13 +230,9 @@ class _Loop:
         if not len(plan.outliers) or self.told >= _TOLD_OUTLIERS:
             return
         self.told += 1
-        sample, cp = int(plan.outliers[0]), self.data.plan.llm.cp
-        remedy = f"its rows are spread over cp = {cp} ranks" if cp > 1 else "[parallel.llm] cp = 2 would share it"
-        self.log.message(
-            f"step {plan.step + 1:>6} | {len(plan.outliers)} samples cost more than the mean rank, such as "
-            f"'{self.data.index.name(sample)}' of {self.data.index.samples['num_tokens'][sample]} tokens: {remedy}"
-            + ("; not told again" if self.told == _TOLD_OUTLIERS else "")
-        )
+        last = "; not told again" if self.told == _TOLD_OUTLIERS else ""
+        outliers = describe_outliers(plan, self.data.index, self.data.plan.llm.cp)
+        self.log.message(f"step {plan.step + 1:>6} | {outliers}{last}")
 
     def _validate(self, step: int) -> None:
         tokens = 0

@@ -18,7 +18,7 @@ from evovlm.data.order import Sequential
 from evovlm.data.packs import Pack, Packs
 from evovlm.data.plan import Planner
 from evovlm.data.plan_settings import PlanSettings
-from evovlm.data.step_plan import DataLayout, StepPlan, imbalance, loss_weights
+from evovlm.data.step_plan import DataLayout, StepPlan, describe_outliers, imbalance, loss_weights
 from evovlm.parallel.cost import IntegerCosts
 
 MakeIndex = Callable[..., Any]
@@ -211,6 +211,10 @@ def test_a_sample_that_costs_more_than_a_rank_is_told(make_index: MakeIndex) -> 
     found = [plan for step in range(4) if len((plan := planner.plan_step(step, DataLayout(8, 1))).outliers)]
     assert [plan.outliers.tolist() for plan in found] == [[0]]
     assert not len(planner.plan_step(found[0].step, DataLayout(1, 8)).outliers)
+    assert describe_outliers(found[0], index, 1) == (
+        "samples that cost more than the mean rank: 1, such as 'a/1' of 64 tokens; [parallel.llm] cp = 2 would share it"
+    )
+    assert describe_outliers(found[0], index, 4).endswith("its rows are spread over cp = 4 ranks")
 
 
 @given(seed=st.integers(0, 2**32), longest=st.integers(1, 400), shuffled=st.booleans())
