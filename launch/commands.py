@@ -173,7 +173,6 @@ def verify(
 
 def plan(settings: "RunSettings", *, first: int, steps: int, num_ranks: int) -> None:
     """Print who holds what, and a table of planned steps; loads: largest of a rank over the mean."""
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
@@ -185,22 +184,14 @@ def plan(settings: "RunSettings", *, first: int, steps: int, num_ranks: int) -> 
     for line in data.describe():
         console.print(line, markup=False, highlight=False)
     console.print(describe_plan(data.plan), markup=False, highlight=False, soft_wrap=True)
-    table = Table(box=SIMPLE_HEAD, title=f"Steps for {num_ranks} ranks")
-    columns = (
-        "step",
-        "epoch",
-        "samples",
-        "tokens",
-        "fill",
-        "tiles",
-        "LLM load",
-        "ViT load",
-        "supervised",
-        "loss denominator",
-        "hash",
+    table = Table(
+        box=None,
+        title=f"Steps for {num_ranks} ranks",
+        caption="LLM, ViT: largest load of a rank over the mean",
     )
+    columns = ("step", "epoch", "samples", "tokens", "fill", "tiles", "LLM", "ViT", "targets", "hash")
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     capacity = settings.data.packs_per_step * settings.data.pack_tokens
     for step in range(first, first + steps):
         planned = data.curriculum.plan_step(step, data.layout)
@@ -211,11 +202,10 @@ def plan(settings: "RunSettings", *, first: int, steps: int, num_ranks: int) -> 
             *(f"{count:,}" for count in counts),
             f"{planned.num_tokens / capacity:.1%}",
             f"{planned.num_tiles:,}",
-            f"{imbalance(planned.llm_load):.4f}",
-            f"{imbalance(planned.vit_load):.4f}",
+            f"{imbalance(planned.llm_load):.3f}",
+            f"{imbalance(planned.vit_load):.3f}",
             f"{planned.num_supervised:,}",
-            f"{planned.loss_denominator:.3f}",
-            planned.digest()[:12],
+            planned.digest()[:8],
         )
     console.print(table)
 
