@@ -21,6 +21,8 @@ def numbers(step: int, loss: float = 1.25) -> dict[str, Any]:
         "mfu": 0.314,
         "peak_memory_gib_per_rank": 1.5,
         "pack_fill": 0.987,
+        "llm_imbalance": 1.0042,
+        "vit_imbalance": 1.0,
         "data_wait": 0.02,
     }
 
@@ -38,7 +40,7 @@ def write(run: Path, start: int, steps: range, **options: Any) -> None:
 def test_the_line_has_the_fields_form() -> None:
     assert step_line(numbers(7)) == (
         "step      7 | loss 1.2500 | grad norm 0.500 | lr 1.00e-04 | 12,346 tok/s | 2,345 visual tok/s | MFU 31.4%"
-        " | mem 1.50 GiB | fill 98.7% | wait 2.0%"
+        " | load LLM 1.004 ViT 1.000 | mem 1.50 GiB | fill 98.7% | wait 2.0%"
     )
 
 
@@ -108,3 +110,11 @@ def test_files_are_closed_after_an_error(tmp_path: Path) -> None:
 
 def test_memory_of_a_cpu_rank_is_its_resident_set() -> None:
     assert 0.05 < peak_memory_gib(torch.device("cpu")) < 64
+
+
+def test_events_are_recorded_and_shown(tmp_path: Path) -> None:
+    with RunLog(tmp_path, total_steps=9, start_step=4, enabled=True, tensorboard=False) as log:
+        log.event(4, "dataset 'maps' is new in the index")
+    (event,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert event == {"step": 4, "event": "dataset 'maps' is new in the index"}
+    assert "at step 4: dataset 'maps' is new" in (tmp_path / "log.txt").read_text()
