@@ -64,8 +64,11 @@ class Mix:
 
 
 def write_data(folder: Path, mix: Mix, num_workers: int) -> tuple[Index, Tokenizer]:
-    """Make the quickstart's data and index the part that it pre-trains on."""
-    made = build_quickstart_data(folder / "data", seed=mix.seed, scale=mix.scale, num_workers=num_workers).directory
+    """Make the quickstart's data, its documents whole, and index the part that it pre-trains on."""
+    whole = 10**9
+    made = build_quickstart_data(
+        folder / "data", seed=mix.seed, scale=mix.scale, num_workers=num_workers, passage=whole
+    ).directory
     settings = IndexSettings(
         meta=made / "pretrain.json",
         tokenizer=made / "tokenizer",

@@ -89,6 +89,7 @@ def build_quickstart_data(
     seed: int = 0,
     scale: float = 1.0,
     num_workers: int = 2,
+    passage: int = 1500,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> QuickstartData:
     """Make all data of the quickstart.
@@ -98,6 +99,7 @@ def build_quickstart_data(
         seed: of the splits and of everything drawn.
         scale: share of the full number of samples, for a short run.
         num_workers: processes that draw images.
+        passage: characters that plain text is cut to: an epoch draws few of its samples, which should not differ much.
         progress: called as (part, samples done, samples in all).
 
     Raises:
@@ -126,7 +128,7 @@ def build_quickstart_data(
                     done += 1
                     if progress is not None and (done % 200 == 0 or done == total):
                         progress(part.name, done, total)
-    _write_text(out, seed, texts)
+    _write_text(out, seed, texts, passage)
     _write_metas(out, files)
     counts = {(part.name, part.split): count for part, count in parts}
     tasks: dict[str, dict[str, float]] = {
@@ -189,7 +191,7 @@ def _plain(line: Line) -> str:
     return "\n".join(turn["value"].replace("<image>", "") for turn in line["conversations"])
 
 
-def _write_text(out: Path, seed: int, texts: list[str]) -> None:
+def _write_text(out: Path, seed: int, texts: list[str], passage: int) -> None:
     """Train the tokenizer and write the plain text as corpora.
 
     Words in capitals are kept out of the tokenizer's training: what the model must read from images stays a token a
@@ -201,12 +203,12 @@ def _write_text(out: Path, seed: int, texts: list[str]) -> None:
     capitals = re.compile(r"[A-Z]{2,}")
     build_tokenizer([capitals.sub("", text) for text in (*texts, *frame, *prose)], out / "tokenizer", VOCAB_SIZE)
     tokenizer = Tokenizer.load(out / "tokenizer")
-    passages = [passage for document in documents["train"] for passage in _passages(document.text)]
-    write_corpus(out / "text", [[*tokenizer.encode(passage), tokenizer.end_of_text] for passage in passages])
+    passages = [part for document in documents["train"] for part in _passages(document.text, passage)]
+    write_corpus(out / "text", [[*tokenizer.encode(part), tokenizer.end_of_text] for part in passages])
 
 
-def _passages(text: str, size: int = 1500) -> list[str]:
-    """Cut a text at paragraphs into passages of about ``size`` characters: an epoch draws few."""
+def _passages(text: str, size: int) -> list[str]:
+    """Cut a text at paragraphs into passages of about ``size`` characters."""
     passages = [""]
     for paragraph in text.split("\n\n"):
         if passages[-1] and len(passages[-1]) + len(paragraph) > size:
