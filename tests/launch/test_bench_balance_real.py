@@ -62,9 +62,10 @@ def data(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path, mix
     """Index and tokenizer; of ``write_data``, but for the quickstart's own data, which takes half a minute to make."""
     asked: list[tuple[int, float]] = []
 
-    def make(out: Path, *, seed: int, scale: float, num_workers: int) -> QuickstartData:
+    def make(out: Path, *, seed: int, scale: float, num_workers: int, passage: int) -> QuickstartData:
         asked.append((seed, scale))
         assert num_workers == 1
+        assert passage > 10**6  # whole documents
         return _write_small(tiny_tokenizer_dir, out)
 
     with pytest.MonkeyPatch.context() as patch:
