@@ -1,8 +1,8 @@
 """The measurement of an index: keys of the report, numbers that make sense, an error for too few samples."""
 
-from pathlib import mmap
+import mmap
+from pathlib import Path
 
-import Path
 import pytest
 
 from evovlm.data.synthetic.index import write_index
