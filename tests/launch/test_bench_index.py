@@ -38,7 +38,9 @@ def test_too_few_samples_are_an_error(tmp_path: Path) -> None:
 
 def test_memory_sees_what_is_allocated() -> None:
     before = Memory.now()
-    block = mmap.mmap(-1, 64 << 20)  # of its own: an array might find its place in what was freed
+    block = mmap.mmap(
+        -1, 64 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    )  # of its own: an array might find its place in what was freed
     for page in range(0, len(block), mmap.PAGESIZE):
         block[page] = 1
     after = Memory.now()
