@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from evovlm.csrc.random import keys, uniform
 from evovlm.data.share_out import WholePack, share_out
 from evovlm.engine.calibration import Case, Module
-from evovlm.engine.cost_shape import shape_costs
+from evovlm.engine.cost_shape import run_costs
 from evovlm.engine.language import Language
 from evovlm.engine.parts import Part, build_parts
 from evovlm.engine.recompute import SavedBytes
@@ -122,13 +122,7 @@ class Bench:
             self._parts, self._plan, world, encode_tiles=chosen.encode_tiles, activations="keep", memory=0.0
         )
         self._language = Language(self._parts.stages, self._parts.hidden_size, dtypes.compute, "1f1b", world.device)
-        self._costs = shape_costs(
-            config,
-            freeze=settings.model.freeze,
-            recompute=settings.recompute.model_dump(),
-            encoder_activations=chosen.encoder_activations,
-            supervised=supervised,
-        )
+        self._costs = run_costs(settings, config, supervised)
         self._encoded: dict[int, VisualTokens] = {}
         # What the engine does with a chunk beside one forward and backward.
         self._again = chosen.encoder_activations == "recompute" and self._vision.trains

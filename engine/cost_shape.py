@@ -9,8 +9,10 @@ nothing is trained 1 (:func:`evovlm.engine.flops.training_flops`); recomputation
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from evovlm.data.index_format import IndexMeta
 from evovlm.engine.flops import Flops, forward_flops, training_flops
 from evovlm.engine.recompute import Recompute
+from evovlm.engine.settings import RunSettings
 from evovlm.engine.vision import Activations
 from evovlm.models.config import InternVLConfig
 from evovlm.parallel.cost import CostModel
@@ -88,3 +90,19 @@ def shape_costs(
         per_token=forward.per_token * layers + forward.per_target * head * supervised,
         per_square=forward.per_square * layers,
     )
+
+
+def run_costs(settings: RunSettings, config: InternVLConfig, supervised: float) -> CostModel:
+    """Count what a forward and backward of a run cost; see :func:`shape_costs`."""
+    return shape_costs(
+        config,
+        freeze=settings.model.freeze,
+        recompute=settings.recompute.model_dump(),
+        encoder_activations=settings.parallel.encoder_activations,
+        supervised=supervised,
+    )
+
+
+def supervised_share(meta: IndexMeta) -> float:
+    """Share of an index's tokens that are targets."""
+    return meta.num_supervised / max(1, meta.num_tokens)

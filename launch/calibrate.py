@@ -19,7 +19,7 @@ from rich.table import Table
 from evovlm.data.index import Index
 from evovlm.engine.calibration import FEATURES, Measurements, coefficients_of, errors, fit_model, measure
 from evovlm.engine.calibration_cases import make_cases, weight_bytes
-from evovlm.engine.cost_shape import shape_costs
+from evovlm.engine.cost_shape import run_costs, supervised_share
 from evovlm.engine.model_source import open_source
 from evovlm.engine.settings import RunSettings
 from evovlm.launch.bench import machine
@@ -77,13 +77,7 @@ def run(
     about = machine()
     name = f"{about['gpu'] or about['cpu']}, {about['threads']} threads"
     model = fit_model(measurements, machine=name, about=_about(settings, config, share, measurements.rounds))
-    counted = shape_costs(
-        config,
-        freeze=settings.model.freeze,
-        recompute=settings.recompute.model_dump(),
-        encoder_activations=settings.parallel.encoder_activations,
-        supervised=share,
-    )
+    counted = run_costs(settings, config, share)
     _print(model, counted, measurements, f"{share:.0%}, {whence}")
     model.save(out)
     Console(soft_wrap=True).print(f"wrote {out}", highlight=False, markup=False)
@@ -122,10 +116,10 @@ def _supervised(settings: RunSettings, asked: float | None) -> tuple[float, str]
     if asked is not None:
         return asked, "as given"
     try:
-        samples = Index.open(settings.data.index).samples
+        meta = Index.open(settings.data.index).meta
     except FileNotFoundError:
         return 1.0, f"assumed, as there is no index at {settings.data.index}"
-    return int(samples["num_supervised"].sum()) / max(1, int(samples["num_tokens"].sum())), "of the index's tokens"
+    return supervised_share(meta), "of the index's tokens"
 
 
 def _about(settings: RunSettings, config: InternVLConfig, share: float, rounds: int) -> dict[str, str]:

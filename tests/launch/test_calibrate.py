@@ -1,7 +1,7 @@
 """``evovlm calibrate``: measures a tiny model in seconds and writes a file that plans can be made from."""
 
 from pathlib import Path
-from typing import ClassVar
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,13 +91,8 @@ def test_mistakes(settings: RunSettings, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_share_of_targets_comes_from_the_index(settings: RunSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Opened:
-        samples: ClassVar[dict[str, np.ndarray]] = {
-            "num_supervised": np.array([10, 5], np.int32),
-            "num_tokens": np.array([20, 40], np.int32),
-        }
-
-    monkeypatch.setattr(calibrate.Index, "open", lambda _: Opened)
+    opened = SimpleNamespace(meta=SimpleNamespace(num_supervised=15, num_tokens=60))
+    monkeypatch.setattr(calibrate.Index, "open", lambda _: opened)
     assert calibrate._supervised(settings, None) == (0.25, "of the index's tokens")
     assert calibrate._supervised(settings, 0.5) == (0.5, "as given")
 
