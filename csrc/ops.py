@@ -2,8 +2,12 @@
 
     segment attention   packed_attention   q, k, v [T, ·, D] + cu_seqlens  ->  [T, A, D]
     attention block     attention_block    q [n, A, D], k, v [m, K, D]     ->  [n, A, D], log-sum-exp [A, n]
-    rotary              rotary             q or k [T, ·, D] + positions [T] -> [T, ·, D]
+    rotary              rotary, rotary_qk  q or k [T, ·, D] + positions [T] -> [T, ·, D]
+    positions           v2pe_positions     run table [n, 2] + cu_seqlens   ->  [T]
     normalisation       rms_norm           [..., H]                        ->  [..., H]
+    copies of rows      gather_rows        [N, H], index [n]               ->  [n, H]
+                        scatter_rows       [T, H], index [n], rows [n, H]  ->  [T, H]
+                        sum_rows           [n, H], index [n]               ->  [N, H]
 
 A function here chooses the implementation by device; ``*_reference`` states what it must equal.
 """
@@ -14,10 +18,19 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from evovlm.csrc import norm_autograd  # noqa: F401 - registers shapes and gradients
+from evovlm.csrc.rotary_autograd import RotateInPlace
+from evovlm.csrc.rows_autograd import ScatterInPlace
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm over the last dimension, computed in float32 (or wider) and cast back (spec §1.2).
+
+    One pass over memory forward, one backward, which keeps only ``x`` and a number a row. Gradients of the weight are
+    summed in a fixed order: no result depends on the number of threads. Differentiable once.
 
     Args:
         x: ``[..., H]``, any floating dtype.
@@ -25,15 +38,116 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         eps: Added to the mean square.
 
     Returns:
-        Same shape and dtype as ``x``.
+        Same shape and dtype as ``x``; a wider weight widens it.
     """
+    if x.dtype != weight.dtype or isinstance(x, DTensor) or isinstance(weight, DTensor):
+        return rms_norm_reference(x, weight, eps)
+    normed: Tensor = torch.ops.evovlm.rms_norm(x, weight, eps)[0]
+    return normed
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """State :func:`rms_norm` with one operator a term."""
     wide = x if x.dtype == torch.float64 else x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * normed.to(x.dtype)
 
 
-def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles ``position · theta^(−2i/D)``.
+def gather_rows(x: Tensor, index: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Copy rows: ``out[i] = x[index[i]]``; ``x.index_select(0, index)`` in one parallel pass.
+
+    The gradient of ``x`` is :func:`sum_rows` of the result's: also summed in a fixed order, without atomics.
+
+    Args:
+        x: ``[N, H]``, any dtype; rows need not lie next to each other.
+        index: int64 ``[n]``, from 0 to N − 1.
+        out: ``[n, H]`` to fill, outside of any graph.
+
+    Returns:
+        ``[n, H]``; ``out`` if it was given.
+
+    Raises:
+        RuntimeError: A number is not that of a row (on CUDA the kernel stops), or shapes do not fit.
+    """
+    if out is None:
+        picked: Tensor = torch.ops.evovlm.gather_rows(x, index)
+        return picked
+    torch.ops.evovlm.gather_rows_into(x, index, out)
+    return out
+
+
+def scatter_rows(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """Replace rows: ``base`` with row ``index[i]`` set to ``rows[i]``; ``base.index_copy(0, index, rows)`` in one pass.
+
+    Args:
+        base: ``[T, H]``, any dtype.
+        index: int64 ``[n]``, from 0 to T − 1, each at most once.
+        rows: ``[n, H]`` in the dtype of ``base``.
+
+    Returns:
+        ``[T, H]``, a new tensor.
+
+    Raises:
+        RuntimeError: A number is not that of a row, or comes twice (on CUDA the kernel stops), or shapes do not fit.
+    """
+    replaced: Tensor = torch.ops.evovlm.scatter_rows(base, index, rows)
+    return replaced
+
+
+def scatter_rows_(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """Replace rows as :func:`scatter_rows` does, but in place, so that only n rows move: for a base of no other use.
+
+    Without a graph ``base`` is always what is written. In a graph it is where autograd allows it: on what an embedding
+    has just made, but not on a view, nor where a graph is traced or a dispatch mode watches (selective checkpointing
+    may have kept the base): there the result is a new tensor. Differentiable once in place.
+
+    Returns:
+        ``[T, H]``: what to go on with.
+
+    Raises:
+        RuntimeError: As :func:`scatter_rows`; or the base is a leaf that wants a gradient.
+    """
+    if not (torch.is_grad_enabled() and (base.requires_grad or rows.requires_grad)):
+        torch.ops.evovlm.scatter_rows_(base, index, rows)
+        return base
+    if base._is_view() or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return scatter_rows(base, index, rows)
+    written: Tensor = ScatterInPlace.apply(base, index, rows)  # type: ignore[no-untyped-call]
+    return written
+
+
+def drop_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Copy ``x`` ``[T, H]`` with zeros in rows ``index`` ``[n]``: the gradient of the base of :func:`scatter_rows`."""
+    kept: Tensor = torch.ops.evovlm.drop_rows(x, index)
+    return kept
+
+
+def sum_rows(rows: Tensor, index: Tensor, num_rows: int, *, out: Tensor | None = None) -> Tensor:
+    """Add rows up: ``out[r] = Σ rows[i]`` over all i with ``index[i] = r``, i ascending; 0 where there is none.
+
+    What ``new_zeros`` and ``index_add_`` make, in one pass that writes each row of the result once.
+
+    Args:
+        rows: ``[n, H]``, a floating dtype (any, where no number comes twice); 16-bit rows are summed in float32.
+        index: int64 ``[n]``, from 0 to ``num_rows`` − 1.
+        num_rows: N.
+        out: ``[N, H]`` to fill, outside of any graph; what it holds before does not matter.
+
+    Returns:
+        ``[N, H]``; ``out`` if it was given.
+
+    Raises:
+        RuntimeError: A number is not that of a row (on CUDA the kernel stops), or shapes do not fit.
+    """
+    if out is None:
+        summed: Tensor = torch.ops.evovlm.sum_rows(rows, index, num_rows)
+        return summed
+    torch.ops.evovlm.sum_rows_into(rows, index, out)
+    return out
+
+
+def rotary_frequencies(positions: Tensor, head_dim: int, theta: float) -> Tensor:
+    """Frequencies ``theta^(−2i/D)`` of the rotary angles, to go with positions.
 
     Args:
         positions: ``[T]`` float32 (may be fractional) or float64.
@@ -41,7 +155,7 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
         theta: Base of the frequencies.
 
     Returns:
-        Two tensors ``[T, D/2]`` in the dtype of ``positions``.
+        ``[D/2]`` in the dtype and on the device of ``positions``.
 
     Raises:
         TypeError: Positions came in a dtype that cannot hold fractions exactly (rule 3 of the design).
@@ -49,25 +163,91 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
     if positions.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"rotary positions must be float32 or float64, got {positions.dtype}")
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=positions.dtype) / head_dim
-    angles = positions[:, None] * (theta**-exponent)
-    return angles.cos(), angles.sin()
+    return torch.as_tensor(theta**-exponent)
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate channel pairs (i, i + D/2) of every head by its token's angles.
+def rotary(x: Tensor, positions: Tensor, inv_freq: Tensor, *, inverse: bool = False) -> Tensor:
+    """Rotate channel pairs (i, i + D/2) of every head by the angle ``position · inv_freq[i]`` of its token.
+
+    Cosines and sines are made on the way, once for all heads of a token, and never stored; the gradient is the rotation
+    by the negative angle. 16-bit channels are widened, and the result is rounded once.
 
     Args:
-        x: ``[T, A, D]`` queries or keys.
-        cos: ``[T, D/2]`` from :func:`rotary_angles`.
-        sin: ``[T, D/2]``.
+        x: ``[T, A, D]`` queries or keys: float32, float64, bfloat16 or float16, strided.
+        positions: ``[T]``, float32 or float64; their dtype is that of the angles.
+        inv_freq: ``[D/2]`` in the dtype of ``positions``, at most 1, from :func:`rotary_frequencies`.
+        inverse: Rotate by the negative angle.
 
     Returns:
-        ``[T, A, D]`` in the dtype of ``x``.
+        ``[T, A, D]`` in the dtype of ``x``, contiguous.
+
+    Raises:
+        RuntimeError: Shapes or dtypes do not fit.
     """
-    first, second = x.chunk(2, dim=-1)
-    cos = cos[:, None].to(x.dtype)
-    sin = sin[:, None].to(x.dtype)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    rotated: Tensor = torch.ops.evovlm.rotary(x, positions, inv_freq, inverse)
+    return rotated
+
+
+def rotary_qk(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    """Apply :func:`rotary` to queries ``[T, A, D]`` and keys ``[T, K, D]`` in one pass that shares their angles."""
+    rotated: tuple[Tensor, Tensor] = torch.ops.evovlm.rotary_qk(q, k, positions, inv_freq, False)
+    return rotated
+
+
+def rotary_qk_(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    """Apply :func:`rotary_qk` to projections that nothing else needs: in place where that is allowed.
+
+    It is not where the projections are views, where a graph is traced, or where a dispatch mode watches: selective
+    checkpointing keeps outputs of products, and would find them changed.
+
+    Args:
+        q: ``[T, A · D]``, channels contiguous; overwritten.
+        k: ``[T, K · D]``, likewise.
+        positions: ``[T]``.
+        inv_freq: ``[D/2]``.
+
+    Returns:
+        ``[T, A, D]`` and ``[T, K, D]``.
+    """
+    shape = (-1, 2 * inv_freq.shape[0])
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or q._is_view() or k._is_view():
+        return rotary_qk(torch.unflatten(q, -1, shape), torch.unflatten(k, -1, shape), positions, inv_freq)
+    q, k = RotateInPlace.apply(q, k, positions, inv_freq)  # type: ignore[no-untyped-call]
+    return torch.unflatten(q, -1, shape), torch.unflatten(k, -1, shape)
+
+
+def rotary_reference(x: Tensor, positions: Tensor, inv_freq: Tensor, *, inverse: bool = False) -> Tensor:
+    """State :func:`rotary` with tables of cosines and sines ``[T, D/2]``."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    angles = (positions[:, None] * inv_freq).to(torch.promote_types(compute, positions.dtype))
+    cos, sin = (table[:, None].to(compute) for table in (angles.cos(), angles.sin()))
+    if inverse:
+        sin = -sin
+    first, second = x.to(compute).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def v2pe_positions(cu_seqlens: Tensor, runs: Tensor, deltas: Tensor, num_tokens: int) -> Tensor:
+    """Positions of a whole pack: text steps by 1, the visual tokens of run r by ``deltas[r]``, from 0 in each segment.
+
+    Its reference, one segment at a time, is :func:`evovlm.models.v2pe.segment_positions` (spec §2).
+
+    Args:
+        cu_seqlens: int32 ``[S + 1]``, segment borders from 0 to T; padding is a segment of its own.
+        runs: int64 ``[n, 2]``: first row in the pack and length of each run of visual tokens (all tiles of an image),
+            by rising row, none empty, each inside one segment.
+        deltas: float64 ``[n]``, strides in (0, 1].
+        num_tokens: T.
+
+    Returns:
+        float32 ``[T]``, on the device of the tables.
+
+    Raises:
+        RuntimeError: Dtypes or shapes do not fit; on CPU also where borders or runs are not as above. A CUDA kernel
+            cannot raise: there the positions of a segment are NaN from a wrong run on.
+    """
+    positions: Tensor = torch.ops.evovlm.v2pe_positions(cu_seqlens, runs, deltas, num_tokens)
+    return positions
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Sequence[int]) -> Tensor:

@@ -20,11 +20,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from evovlm.csrc import random
+from evovlm.csrc.ops import v2pe_positions
 from evovlm.data.index import Index
 from evovlm.data.packs import Pack
 from evovlm.data.sample import IGNORE, expand_sample, read_part
 from evovlm.data.step_plan import LossWeighting, loss_weights
-from evovlm.models.v2pe import DELTAS, segment_positions
+from evovlm.models.v2pe import DELTAS
 
 
 class V2PESettings(BaseModel):
@@ -101,8 +102,9 @@ def build_microbatch(index: Index, pack: Pack, settings: BatchSettings) -> Micro
     tokens = np.full(T, settings.padding, np.int64)
     labels = np.full(T, IGNORE, np.int64)
     weights = np.zeros(T, np.float64)
-    positions = np.empty(T, np.float32)
     borders = [0]
+    runs: list[tuple[int, int]] = []  # first row in the pack and length
+    deltas: list[float] = []
     rows = [np.empty(0, np.int64)]
     columns = (pack.samples, pack.visits, pack.begins, pack.lengths)
     for sample, visit, first, length in zip(*(column.tolist() for column in columns), strict=True):
@@ -123,19 +125,20 @@ def build_microbatch(index: Index, pack: Pack, settings: BatchSettings) -> Micro
                 f"sample '{index.name(sample)}' has {count} targets, but the index says {planned}: rebuild the index"
             )
         weights[begin:end] = np.where(supervised, loss_weights(count, settings.loss_weighting), 0.0)
-        deltas = run_deltas(settings.v2pe, settings.seed, sample, visit, len(expanded.runs))
-        positions[begin:end] = segment_positions(length, expanded.runs, deltas)
-        rows += [np.arange(begin + start, begin + start + length) for start, length in expanded.runs]
+        deltas += run_deltas(settings.v2pe, settings.seed, sample, visit, len(expanded.runs))
+        runs += [(begin + start, count) for start, count in expanded.runs]
+        rows += [np.arange(begin + start, begin + start + count) for start, count in expanded.runs]
         borders.append(end)
     if borders[-1] < T:
-        positions[borders[-1] :] = np.arange(T - borders[-1], dtype=np.float32)
         borders.append(T)
+    cu_seqlens = torch.tensor(borders, dtype=torch.int32)
+    run_table = torch.tensor(runs, dtype=torch.int64).view(-1, 2)
     return MicroBatch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
         weights=torch.from_numpy(weights.astype(np.float32)),
-        positions=torch.from_numpy(positions),
-        cu_seqlens=torch.tensor(borders, dtype=torch.int32),
+        positions=v2pe_positions(cu_seqlens, run_table, torch.tensor(deltas, dtype=torch.float64), T),
+        cu_seqlens=cu_seqlens,
         visual_rows=torch.from_numpy(np.concatenate(rows)),
     )
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from evovlm.csrc.ops import gather_rows, scatter_rows_
 from evovlm.data.step_batch import StepBatch
 from evovlm.engine.parts import Parts
 from evovlm.engine.recompute import SavedBytes
@@ -112,15 +113,19 @@ class Vision:
         for number, chunk in enumerate(exchange.chunks):
             with torch.set_grad_enabled(keep), saved if self._measures(keep) else nullcontext():
                 rows = self._encode(chunk, self._seen(batch, exchange, number))
-            pending.append(start_exchange(rows, chunk))
+            if number == 0:
+                received = rows.new_empty(sum(part.num_received for part in exchange.chunks), rows.shape[1])
+                parts = torch.split(received, [part.num_received for part in exchange.chunks])
+            pending.append(start_exchange(rows, chunk, out=parts[number]))
             sent.append(rows if keep else rows.detach())
-        received = torch.cat([part.wait() for part in pending])
+        for part in pending:
+            part.wait()
         device = self._world.device
         places, values = [], []
         for microbatch in range(len(batch.packs)):
             local, sources = (torch.from_numpy(part).to(device) for part in exchange.of_microbatch(microbatch))
             places.append(local)
-            values.append(received.index_select(0, sources).requires_grad_(self.trains and torch.is_grad_enabled()))
+            values.append(gather_rows(received, sources).requires_grad_(self.trains and torch.is_grad_enabled()))
         if self._measures(keep):
             self._measured(saved.count / max(1, len(batch.tiles)))
         if not keep:
@@ -142,7 +147,7 @@ class Vision:
         for microbatch, values in enumerate(tokens.values):
             if values.grad is not None:
                 sources = torch.from_numpy(tokens.plan.of_microbatch(microbatch)[1]).to(gradient.device)
-                gradient.index_copy_(0, sources, values.grad)
+                scatter_rows_(gradient, sources, values.grad)
         parts = torch.split(gradient, [chunk.num_received for chunk in chunks])
         pending = [start_return(part, chunk) for part, chunk in zip(parts, chunks, strict=True)]
         for number, chunk in enumerate(chunks):

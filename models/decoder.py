@@ -12,7 +12,7 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evovlm.csrc.ops import packed_attention, rotary, rotary_angles
+from evovlm.csrc.ops import packed_attention, rotary_frequencies, rotary_qk_, scatter_rows, scatter_rows_
 from evovlm.models.config import DecoderConfig
 from evovlm.models.vit import RMSNorm
 
@@ -61,10 +61,10 @@ class DecoderAttention(nn.Module):
         self.v_proj = nn.Linear(hidden, kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_size, hidden, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        """Transform ``[T, H]``; ``cos`` and ``sin`` are ``[T, D/2]``."""
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        out = attend(self.layer, rotary(q, cos, sin), rotary(k, cos, sin), v)
+    def forward(self, x: Tensor, positions: Tensor, inv_freq: Tensor, attend: Attend) -> Tensor:
+        """Transform ``[T, H]``; positions are ``[T]``, frequencies ``[D/2]``."""
+        q, k = rotary_qk_(self.q_proj(x), self.k_proj(x), positions, inv_freq)
+        out = attend(self.layer, q, k, self.v_proj(x).unflatten(-1, (-1, self.head_dim)))
         projected: Tensor = self.o_proj(out.flatten(1))
         return projected
 
@@ -94,9 +94,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = GatedMLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, inv_freq: Tensor, attend: Attend) -> Tensor:
         """Transform ``[T, H]``."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        x = x + self.self_attn(self.input_layernorm(x), positions, inv_freq, attend)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -122,10 +122,10 @@ class DecoderModel(nn.Module):
         Returns:
             ``[T, H]`` after the final norm.
         """
-        cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        inv_freq = rotary_frequencies(positions, self.config.head_dim, self.config.rope_theta)
         x = embeddings
         for layer in self.layers:
-            x = layer(x, cos, sin, attend)
+            x = layer(x, positions, inv_freq, attend)
         out: Tensor = self.norm(x)
         return out
 
@@ -175,6 +175,8 @@ class Decoder(nn.Module):
         if visual is not None:
             rows, values = visual
             # Also with no rows at all: the graph then still reaches the encoder, on every rank alike.
-            embeddings = embeddings.index_copy(0, rows, values.to(embeddings.dtype))
+            # Fresh embeddings are written in place; hidden states belong to the caller.
+            write = scatter_rows if embeddings is x else scatter_rows_
+            embeddings = write(embeddings, rows, values.to(embeddings.dtype))
         hidden: Tensor = self.model(embeddings, positions, attend)
         return hidden if head is None else head(hidden, self.lm_head.weight)

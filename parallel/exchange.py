@@ -1,7 +1,7 @@
 """The vision exchange: one uneven all-to-all takes each visual token to the rank that holds its row, and back.
 
-    encoder's rows [n, H] ──index_select──► send buffer ──all-to-all──► received [m, H]      forward
-    their gradient [n, H] ◄──index_add──── receive buffer ◄─all-to-all── its gradient [m, H]  backward
+    encoder's rows [n, H] ──gather_rows──► send buffer ──all-to-all──► received [m, H]      forward
+    their gradient [n, H] ◄──sum_rows──── receive buffer ◄─all-to-all── its gradient [m, H]  backward
 
 ``parallel/routes.py`` decides every size, so all ranks of the group call the same exchanges in the same order, forward
 and backward, also those that send or receive nothing: tensors of size 0 take part like any other.
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from evovlm.csrc.ops import gather_rows, sum_rows
 from evovlm.parallel.routes import Chunk, Ints
 
 
@@ -65,7 +66,7 @@ def start_exchange(
     if out is not None:
         _check(out, chunk.num_received, "rows to receive into", chunk, group)
     with torch.no_grad():
-        sent = rows.index_select(0, _on(rows.device, chunk.send_rows))
+        sent = gather_rows(rows, _on(rows.device, chunk.send_rows))
         received = rows.new_empty(chunk.num_received, rows.shape[1]) if out is None else out
         return Pending(_all_to_all(received, sent, chunk.recv_splits, chunk.send_splits, group), sent, received)
 
@@ -88,8 +89,7 @@ def start_return(grad_received: Tensor, chunk: Chunk, group: dist.ProcessGroup |
     _check(grad_received, chunk.num_received, "gradients of rows received", chunk, group)
 
     def add(returned: Tensor) -> Tensor:
-        grad = returned.new_zeros(chunk.num_rows, returned.shape[1])
-        return grad.index_add_(0, _on(returned.device, chunk.send_rows), returned)
+        return sum_rows(returned, _on(returned.device, chunk.send_rows), chunk.num_rows)
 
     with torch.no_grad():
         sent = grad_received.contiguous()

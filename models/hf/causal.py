@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import AttentionInterface
 
+from evovlm.csrc.ops import scatter_rows, scatter_rows_
 from evovlm.models.decoder import Attend, Head
 from evovlm.models.hf.names import LM_HEAD
 from evovlm.models.hf.read_config import ConfigError
@@ -148,7 +149,9 @@ class HFDecoder(nn.Module):
         embeddings = x if x.is_floating_point() else self.model.embed_tokens(x)
         if visual is not None:
             rows, values = visual
-            embeddings = embeddings.index_copy(0, rows, values.to(embeddings.dtype))
+            # Fresh embeddings are written in place; hidden states belong to the caller.
+            write = scatter_rows if embeddings is x else scatter_rows_
+            embeddings = write(embeddings, rows, values.to(embeddings.dtype))
         output = self.model(
             inputs_embeds=embeddings[None], position_ids=positions[None], use_cache=False, attend=attend
         )

@@ -2,13 +2,12 @@
 
 import math
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from evovlm.csrc.ops import packed_attention, packed_attention_reference, rms_norm, rotary, rotary_angles
+from evovlm.csrc.ops import packed_attention, packed_attention_reference, rms_norm
 
 ANY_TIME = settings(deadline=None)
 SEEDS = st.integers(0, 2**31)
@@ -37,70 +36,6 @@ def test_rms_norm_of_bfloat16_is_computed_in_float32() -> None:
     assert out.unique().tolist() == [1.0]
     # Squares that overflow the narrow dtype do not.
     assert rms_norm(torch.full((4,), 60000.0, dtype=torch.half), torch.ones(4, dtype=torch.half), 1e-6).isfinite().all()
-
-
-def rotated_by_complex_numbers(x: list[float], position: float, theta: float) -> list[float]:
-    """One head's channels, in Python's own float64: channels i and i + D/2 are one complex number."""
-    half = len(x) // 2
-    out = [0.0] * len(x)
-    for i in range(half):
-        angle = position * theta ** (-2 * i / len(x))
-        number = complex(x[i], x[i + half]) * complex(math.cos(angle), math.sin(angle))
-        out[i], out[i + half] = number.real, number.imag
-    return out
-
-
-FRACTIONAL = st.integers(0, 4096 * 256).map(lambda n: n / 256)
-
-
-@ANY_TIME
-@given(SEEDS, st.lists(FRACTIONAL, min_size=1, max_size=6), st.integers(1, 8), st.sampled_from([1e4, 1e6, 5e7]))
-def test_rotary_at_fractional_positions(seed: int, positions: list[float], half: int, theta: float) -> None:
-    x = normal(seed, len(positions), 2, 2 * half)
-    expected = torch.tensor(
-        [
-            [rotated_by_complex_numbers(head, p, theta) for head in token]
-            for token, p in zip(x.tolist(), positions, strict=True)
-        ],
-        dtype=torch.float64,
-    )
-    exact = torch.tensor(positions, dtype=torch.float64)
-    torch.testing.assert_close(rotary(x, *rotary_angles(exact, 2 * half, theta)), expected, rtol=0, atol=1e-10)
-    # float32 angles are as good as float32 can hold an angle: half a unit in the last place, or a few, of the position.
-    single = rotary(x.float(), *rotary_angles(exact.float(), 2 * half, theta))
-    assert single.dtype == torch.float32
-    tolerance = 4e-6 + 4e-7 * max(positions)
-    torch.testing.assert_close(single.double(), expected, rtol=0, atol=tolerance * float(x.abs().max()))
-
-
-@ANY_TIME
-@given(SEEDS, FRACTIONAL, FRACTIONAL, FRACTIONAL)
-def test_rotary_scores_depend_on_the_distance_alone(seed: int, a: float, b: float, shift: float) -> None:
-    q, k = normal(seed, 1, 1, 8), normal(seed + 1, 1, 1, 8)
-
-    def score(first: float, second: float) -> Tensor:
-        sides = zip((q, k), (first, second), strict=True)
-        turned = [rotary(x, *rotary_angles(torch.tensor([p], dtype=torch.float64), 8, 1e4)) for x, p in sides]
-        return (turned[0] * turned[1]).sum()
-
-    torch.testing.assert_close(score(a, b), score(a + shift, b + shift), rtol=0, atol=1e-9)
-
-
-def test_float32_angles_tell_the_finest_strides_apart() -> None:
-    positions = 8000 + torch.arange(257) / 256
-    cos, _ = rotary_angles(positions, 2, 1e6)  # the fastest pair: one radian per position
-    assert len(cos.unique()) > 250
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64])
-def test_positions_in_narrow_dtypes_are_refused(dtype: torch.dtype) -> None:
-    with pytest.raises(TypeError, match=f"float32 or float64, got {dtype}"):
-        rotary_angles(torch.ones(3).to(dtype), 8, 1e4)
-
-
-def test_rotary_keeps_the_dtype_of_activations() -> None:
-    x = torch.randn(3, 2, 8).bfloat16()
-    assert rotary(x, *rotary_angles(torch.arange(3.0), 8, 1e4)).dtype == torch.bfloat16
 
 
 @st.composite

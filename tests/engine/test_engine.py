@@ -208,13 +208,13 @@ def events() -> dict[str, Any]:
             seen[f"resumed {zero}"] = run_steps(engine, steps=STEPS[1:])
 
         # bfloat16: what the rotary angles are made of, and what stays wide.
-        angles, received = decoder_module.rotary_angles, []
+        rotate, received = decoder_module.rotary_qk_, []
 
-        def watched(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+        def watched(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
             received.append((positions.dtype, bool((positions % 1 != 0).any())))
-            return angles(positions, head_dim, theta)
+            return rotate(q, k, positions, inv_freq)
 
-        decoder_module.rotary_angles = watched
+        decoder_module.rotary_qk_ = watched
         try:
             for zero in (1, 3):
                 engine = build(world, plan=alike(2, zero), precision="bfloat16")  # type: ignore[arg-type]
@@ -222,7 +222,7 @@ def events() -> dict[str, Any]:
                 engine.evaluate([share(STEPS[0])])
                 seen[f"masters {zero}"] = {w.dtype for _, w in engine.named_full_tensors(everywhere=True)}
         finally:
-            decoder_module.rotary_angles = angles
+            decoder_module.rotary_qk_ = rotate
         seen["positions"] = set(received)
 
         # Nothing to learn at all.

@@ -151,19 +151,20 @@ def test_positions_stay_float32_in_a_bfloat16_model(
     small_config: InternVLConfig, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Tensor] = []
-    angles = decoder_module.rotary_angles
+    rotate = decoder_module.rotary_qk_
 
-    def watched(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    def watched(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+        assert inv_freq.dtype == torch.float32
         seen.append(positions)
-        return angles(positions, head_dim, theta)
+        return rotate(q, k, positions, inv_freq)
 
-    monkeypatch.setattr(decoder_module, "rotary_angles", watched)
+    monkeypatch.setattr(decoder_module, "rotary_qk_", watched)
     narrow = make_model(small_config).language_model.bfloat16()
     tokens, _, borders = packed([300])
     positions = torch.from_numpy(segment_positions(300, [(20, 256)], [1 / 256]))
     assert narrow(tokens, positions, PackedAttend(borders)).dtype == torch.bfloat16
-    assert [p.dtype for p in seen] == [torch.float32]
-    assert torch.equal(seen[0], positions)
+    assert [p.dtype for p in seen] == [torch.float32] * small_config.decoder.num_layers
+    assert all(torch.equal(p, positions) for p in seen)
     assert len(positions.unique()) == 300  # bfloat16 would hold about a tenth of them
 
 

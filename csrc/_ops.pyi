@@ -1,0 +1,1 @@
+"""Importing it registers the operators of torch.ops.evovlm; :mod:`evovlm.csrc.ops` documents them."""
