@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 import typer
 
 from evovlm.launch.cli_bench import bench_app
+from evovlm.launch.heap import restart_with_heap
 from evovlm.launch.ranks import RankError, RankInfo, RunInterrupted, leave_error, start_ranks
 
 SETTINGS_WORDS = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -321,6 +322,8 @@ def doctor() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 (a fault), 2 (a user's mistake), 130 (interrupted)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        restart_with_heap(words)
     show_traceback = "--traceback" in words
     words = [word for word in words if word != "--traceback"]
     try:
