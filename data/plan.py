@@ -104,10 +104,11 @@ class Planner:
         self.check_layout(layout)
         epoch, packs = self.stream.of_step(step)
         T = self.settings.pack_tokens
-        costs = self._costs.pack_costs(packs.sum_squares(T), T)
+        supervised = self._supervised(packs)
+        targets = np.bincount(packs.pack_of, supervised, len(packs)).astype(np.int64)
+        costs = self._costs.pack_costs(packs.sum_squares(T), targets, T)
         assignment = balance_packs(costs, layout.num_ranks, layout.num_microbatches, packs.num_tokens).assignment
         image_tiles, pieces = self._encode(packs, assignment, layout)
-        supervised = self._supervised(packs)
         weights = loss_weights(supervised, self.settings.loss_weighting)
         mean_load = int(costs.sum()) // layout.num_ranks
         num_tiles = int(packs.tiles.sum())
@@ -123,7 +124,7 @@ class Planner:
             supervised=supervised,
             # fsum rounds once, so the sum does not depend on order or platform.
             loss_denominator=math.fsum(supervised * weights),
-            outliers=packs.samples[self._costs.sample_costs(packs.lengths) > mean_load],
+            outliers=packs.samples[self._costs.sample_costs(packs.lengths, supervised) > mean_load],
             num_tokens=int(packs.lengths.sum()),
             num_tiles=num_tiles,
             num_visual_tokens=num_tiles * self.index.meta.tokens_per_tile,

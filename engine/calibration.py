@@ -25,7 +25,7 @@ Module = Literal["vit", "projector", "llm"]
 FEATURES: dict[Module, tuple[str, ...]] = {
     "vit": ("per_tile", "per_call"),
     "projector": ("per_visual_token", "per_call"),
-    "llm": ("per_token", "per_square", "per_pack"),
+    "llm": ("per_token", "per_square", "per_target", "per_pack"),
 }
 """Coefficients of each module, in the order of its cases' features."""
 

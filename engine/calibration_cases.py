@@ -3,10 +3,10 @@
     settings, model's shape ─► parts (random weights) ─┬─► vit        0 … encode_tiles tiles
                                                        ├─► projector  the visual tokens of as many
                                                        └─► llm        packs of T, T/2 and T/4 rows: one segment,
-                                                                      few, many, random ones
+                                                                      few, many, random ones; no, some, all targets
 
 Forward and backward are those of the training step (``vision.py``, ``language.py``): precision, frozen modules,
-recomputation and the loss that computes its logits twice are all in the times.
+recomputation and the loss are all in the times.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -122,7 +122,7 @@ class Bench:
             self._parts, self._plan, world, encode_tiles=chosen.encode_tiles, activations="keep", memory=0.0
         )
         self._language = Language(self._parts.stages, self._parts.hidden_size, dtypes.compute, "1f1b", world.device)
-        self._costs = run_costs(settings, config, supervised)
+        self._costs = run_costs(settings, config)
         self._encoded: dict[int, VisualTokens] = {}
         # What the engine does with a chunk beside one forward and backward.
         self._again = chosen.encoder_activations == "recompute" and self._vision.trains
@@ -148,14 +148,19 @@ class Bench:
         made = [self._vit_case(n, held_out=n in checks) for n in (*counts, *checks)]
         made += [self._projector_case(n, held_out=n in checks) for n in (*counts, *checks)]
         wanted = [(rows, parts) for parts in (1, 2, 8, 64)] + [(rows // part, n) for part in (2, 4) for n in (1, 8)]
-        packs = [split_evenly(whole, min(parts, max(1, whole // _SHORTEST))) for whole, parts in wanted]
-        packs += [draw_lengths(rows, 0), draw_lengths(rows, 1)]
-        held_out = [split_evenly(rows, 4), draw_lengths(rows, 2), draw_lengths(rows, 3)]
+        cut = [split_evenly(whole, min(parts, max(1, whole // _SHORTEST))) for whole, parts in wanted]
+        cut += [draw_lengths(rows, 0), draw_lengths(rows, 1)]
+        packs = [(lengths, self._supervised) for lengths in cut]
+        packs += [(cut[2], 0.0), (cut[2], 1.0)]
+        held_out = [(lengths, self._supervised) for lengths in (split_evenly(rows, 4), draw_lengths(rows, 2))]
+        held_out += [(draw_lengths(rows, 3), (1 + self._supervised) / 2)]
         seen: set[tuple[int, ...]] = set()
-        for number, lengths in enumerate((*packs, *held_out)):
-            if sum(lengths) and tuple(lengths) not in seen:  # a tiny pack has few ways to be cut
-                seen.add(tuple(lengths))
-                made.append(self._llm_case(lengths, held_out=number >= len(packs)))
+        for number, (lengths, supervised) in enumerate((*packs, *held_out)):
+            if sum(lengths):
+                case = self._llm_case(lengths, supervised, held_out=number >= len(packs))
+                if case.features not in seen:  # a tiny pack has few ways to be cut
+                    seen.add(case.features)
+                    made.append(case)
         return self._with_memory(made)
 
     def _with_memory(self, cases: Sequence[Case]) -> list[Case]:
@@ -217,19 +222,21 @@ class Bench:
 
         return work
 
-    def _llm_case(self, lengths: Sequence[int], *, held_out: bool) -> Case:
+    def _llm_case(self, lengths: Sequence[int], supervised: float, *, held_out: bool) -> Case:
         rows, squares = sum(lengths), sum(length**2 for length in lengths)
-        pack = self._pack(lengths)
+        pack = self._pack(lengths, supervised)
+        targets = int(pack.weights.count_nonzero())
         visual = self._visual(pack)
 
         def work() -> None:
             self._language.train([pack], visual, 1.0 / rows)
             self._wait()
 
-        cost = self._costs.llm.predict(rows, squares)
+        cost = self._costs.llm.predict(rows, squares, targets)
         even = max(lengths) - min(lengths) <= 1
         name = f"{rows} rows: {len(lengths)} × {lengths[-1]}" if even else f"{rows} rows: {len(lengths)} random"
-        return Case("llm", name, (rows, squares, 1), work, cost, held_out=held_out)
+        name += f", {targets} targets"
+        return Case("llm", name, (rows, squares, targets, 1), work, cost, held_out=held_out)
 
     def _visual(self, pack: WholePack) -> VisualTokens:
         """The visual tokens of a pack, which are the same for all, as leaves; the encoder's graph is let go."""
@@ -240,13 +247,13 @@ class Bench:
             self._encoded[num_tiles] = replace(encoded, sent=[])
         return self._encoded[num_tiles]
 
-    def _pack(self, lengths: Sequence[int]) -> WholePack:
+    def _pack(self, lengths: Sequence[int], supervised: float) -> WholePack:
         """A pack without padding; its first rows are one tile's, if it is long enough."""
         rows, per_tile = sum(lengths), self._config.tokens_per_tile
         num_tiles, size = int(per_tile < rows), self._config.vision.tile_size
         generator = torch.Generator().manual_seed(rows)
         tokens = torch.randint(self._config.decoder.vocab_size, (rows,), generator=generator)
-        targets = torch.rand(rows, generator=generator) < self._supervised
+        targets = torch.rand(rows, generator=generator) < supervised
         return WholePack(
             tokens=tokens,
             labels=torch.where(targets, tokens.roll(-1), -100),

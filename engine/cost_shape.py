@@ -57,7 +57,6 @@ def shape_costs(
     freeze: Sequence[str] = (),
     recompute: Mapping[str, Recompute] | None = None,
     encoder_activations: Activations = "auto",
-    supervised: float = 1.0,
 ) -> CostModel:
     """Count what a forward and backward cost.
 
@@ -66,14 +65,7 @@ def shape_costs(
         freeze: Modules that are not trained.
         recompute: Module → activation checkpointing; only ``full`` repeats what is counted.
         encoder_activations: ``recompute`` encodes each chunk twice; ``auto`` counts as keeping.
-        supervised: Share of rows that have a target: only they pass the output head, once more in backward, since no
-            logits are kept.
-
-    Raises:
-        ValueError: ``supervised`` is not a share.
     """
-    if not 0 <= supervised <= 1:
-        raise ValueError(f"supervised = {supervised}: the share of rows that have a target is from 0 to 1")
     forward = ForwardFlops.of(config)
     passes = training_flops(Flops(1.0, 1.0, 1.0), freeze)
     recompute = recompute or {}
@@ -82,24 +74,23 @@ def shape_costs(
         return float(recompute.get(module, "none") == "full" and module_passes > 1)
 
     again = float(encoder_activations == "recompute" and not {"vit", "projector"} <= set(freeze))
-    head = passes.llm + float(passes.llm > 1)
     layers = passes.llm + repeated("llm", passes.llm)
     return CostModel.from_shape(
         per_tile=forward.per_tile * (passes.vit + repeated("vit", passes.vit) + again),
         per_visual_token=forward.per_visual_token * (passes.projector + again),
-        per_token=forward.per_token * layers + forward.per_target * head * supervised,
+        per_token=forward.per_token * layers,
         per_square=forward.per_square * layers,
+        per_target=forward.per_target * passes.llm,
     )
 
 
-def run_costs(settings: RunSettings, config: InternVLConfig, supervised: float) -> CostModel:
+def run_costs(settings: RunSettings, config: InternVLConfig) -> CostModel:
     """Count what a forward and backward of a run cost; see :func:`shape_costs`."""
     return shape_costs(
         config,
         freeze=settings.model.freeze,
         recompute=settings.recompute.model_dump(),
         encoder_activations=settings.parallel.encoder_activations,
-        supervised=supervised,
     )
 
 

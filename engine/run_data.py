@@ -10,7 +10,7 @@ from evovlm.data.order import Sequential
 from evovlm.data.plan import Planner
 from evovlm.data.plan_settings import PlanSettings
 from evovlm.data.step_plan import DataLayout
-from evovlm.engine.cost_shape import run_costs, supervised_share
+from evovlm.engine.cost_shape import run_costs
 from evovlm.engine.layout_check import check_layouts
 from evovlm.engine.model_source import ModelSource
 from evovlm.engine.schedule import Span, make_schedule
@@ -162,4 +162,4 @@ def _cost_model(settings: RunSettings, source: ModelSource, index: Index) -> Cos
     """What steps cost: measured, or counted from the model's shape and the share of rows that have a target."""
     if settings.parallel.cost_model is not None:
         return CostModel.load(settings.parallel.cost_model)
-    return run_costs(settings, source.config, supervised_share(index.meta))
+    return run_costs(settings, source.config)

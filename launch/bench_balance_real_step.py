@@ -123,8 +123,7 @@ class WayPlanner(Planner):
             long_samples="split",
         )
         mixture = Mixture(index, MixtureSettings(language_ratio=mix.language_ratio), mix.seed)
-        supervised = index.meta.num_supervised / max(1, index.meta.num_tokens)
-        costs = shape_costs(mix.model, supervised=supervised).integers(mix.pack_tokens, mix.pack_tiles)
+        costs = shape_costs(mix.model).integers(mix.pack_tokens, mix.pack_tiles)
         super().__init__(index, mixture, settings, costs)
         self.way = way
 

@@ -65,7 +65,7 @@ def draw_step(
         even_packs: Whether packing, too, makes packs cost alike.
         model: The decoder's size, one of ``evovlm.models.table``.
     """
-    costs = shape_costs(size(model), supervised=0.0).integers(max_tokens=pack_tokens)
+    costs = shape_costs(size(model)).integers(max_tokens=pack_tokens)
     parts: list[tuple[LengthMix, Longs, Longs]] = []
     packs = 0
     while packs < num_packs:
@@ -87,9 +87,9 @@ def draw_step(
     np.add.at(squared, pack_of[mine], lengths**2)
     return Step(
         samples=len(lengths),
-        costs=costs.pack_costs(squared + (pack_tokens - filled) ** 2, pack_tokens),
+        costs=costs.pack_costs(squared + (pack_tokens - filled) ** 2, np.zeros_like(filled), pack_tokens),
         tokens=filled,
-        sample_costs=costs.sample_costs(lengths),
+        sample_costs=costs.sample_costs(lengths, np.zeros_like(lengths)),
         sample_tiles=tiles[mine].astype(np.int64),
         image_tiles=image_tiles[shown],
         image_pack=image_pack[shown],

@@ -77,7 +77,7 @@ def run(
     about = machine()
     name = f"{about['gpu'] or about['cpu']}, {about['threads']} threads"
     model = fit_model(measurements, machine=name, about=_about(settings, config, share, measurements.rounds))
-    counted = run_costs(settings, config, share)
+    counted = run_costs(settings, config)
     _print(model, counted, measurements, f"{share:.0%}, {whence}")
     model.save(out)
     Console(soft_wrap=True).print(f"wrote {out}", highlight=False, markup=False)

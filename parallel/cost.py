@@ -2,7 +2,8 @@
 
     ViT        per_tile · tiles + per_call                      tiles of a chunk
     projector  per_visual_token · visual tokens + per_call      rows of a chunk
-    LLM        per_token · T + per_square · Σ l² + per_pack     T rows of a pack, l the lengths of its segments
+    LLM        per_token · T + per_square · Σ l²                T rows of a pack, l the lengths of its segments
+               + per_target · targets + per_pack                rows that pass the output head
 
     model's shape ─► FLOPs ──────┐
     measured times ─► ns ────────┴─► CostModel ─► cost.json ─► integers ─► the plan
@@ -70,6 +71,7 @@ class IntegerCosts:
         per_visual_token: Of the projector.
         max_tokens: Rows of the longest pack.
         max_tiles: Most tiles of a pack or an image.
+        per_target: Of the LLM's output head.
     """
 
     per_token: int
@@ -79,21 +81,25 @@ class IntegerCosts:
     per_visual_token: int
     max_tokens: int
     max_tiles: int
+    per_target: int = 0
 
-    def pack_costs(self, sum_squares: NDArray[np.int64], num_rows: int) -> NDArray[np.int64]:
-        """Cost of the LLM on packs: A·T + B·Σ l² + C.
+    def pack_costs(
+        self, sum_squares: NDArray[np.int64], num_targets: NDArray[np.int64], num_rows: int
+    ) -> NDArray[np.int64]:
+        """Cost of the LLM on packs: A·T + B·Σ l² + H·targets + C.
 
         Args:
             sum_squares: int64 ``[G]``, Σ l² over the segments of each pack. Padding is a segment, too.
+            num_targets: int64 ``[G]``, rows of each pack that have a target.
             num_rows: T, rows of every pack, padding included.
 
         Returns:
             int64 ``[G]``, each below 2⁴⁶.
 
         Raises:
-            ValueError: A pack is longer than ``max_tokens``, or segments are longer than their pack.
+            ValueError: A pack is longer than ``max_tokens``, or its segments or targets are more than its rows.
         """
-        squares = np.asarray(sum_squares, np.int64)
+        squares, targets = np.asarray(sum_squares, np.int64), np.asarray(num_targets, np.int64)
         if not 0 <= num_rows <= self.max_tokens:
             raise ValueError(f"packs of {num_rows} rows, but costs are scaled for at most {self.max_tokens}")
         if squares.size and not 0 <= squares.min() <= squares.max() <= num_rows**2:
@@ -101,13 +107,16 @@ class IntegerCosts:
                 f"sums of squared lengths from {squares.min()} to {squares.max()}, but a pack of {num_rows} rows has "
                 f"at most {num_rows}² = {num_rows**2}"
             )
-        return self.per_square * squares + (self.per_token * num_rows + self.per_pack)
+        if targets.size and not 0 <= targets.min() <= targets.max() <= num_rows:
+            raise ValueError(f"from {targets.min()} to {targets.max()} targets in packs of {num_rows} rows")
+        return self.per_square * squares + self.per_target * targets + (self.per_token * num_rows + self.per_pack)
 
-    def sample_costs(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-        """What samples add to the cost of a pack: A·l + B·l².
+    def sample_costs(self, lengths: NDArray[np.int64], num_targets: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What samples add to the cost of a pack: A·l + B·l² + H·targets.
 
         Args:
             lengths: integers ``[n]``, tokens of each.
+            num_targets: int64 ``[n]``, those of them that have a target.
 
         Returns:
             int64 ``[n]``.
@@ -121,7 +130,7 @@ class IntegerCosts:
                 f"samples of {lengths.min()} to {lengths.max()} tokens, but costs are scaled for at most "
                 f"{self.max_tokens}"
             )
-        return (self.per_square * lengths + self.per_token) * lengths
+        return (self.per_square * lengths + self.per_token) * lengths + self.per_target * num_targets
 
     def vit_costs(self, tiles: NDArray[np.int64]) -> NDArray[np.int64]:
         """Cost of the ViT on images, or ranks, of int64 ``[n]`` tiles."""
@@ -133,10 +142,11 @@ class IntegerCosts:
 
 
 class LLMCost(_Record):
-    """Cost of the LLM on a pack: ``per_token · T + per_square · Σ l² + per_pack``."""
+    """Cost of the LLM on a pack: ``per_token · T + per_square · Σ l² + per_target · targets + per_pack``."""
 
     per_token: Coefficient
     per_square: Coefficient
+    per_target: Coefficient = 0.0
     per_pack: Coefficient = 0.0
 
     @model_validator(mode="after")
@@ -145,9 +155,10 @@ class LLMCost(_Record):
             raise ValueError("per_token and per_square are both 0: every pack would cost the same")
         return self
 
-    def predict(self, num_rows: float, sum_squares: float) -> float:
+    def predict(self, num_rows: float, sum_squares: float, num_targets: float) -> float:
         """Cost of a pack of T rows; ``sum_squares`` is Σ l² over its segments, padding among them."""
-        return self.per_token * num_rows + self.per_square * sum_squares + self.per_pack
+        rows = self.per_token * num_rows + self.per_square * sum_squares
+        return rows + self.per_target * num_targets + self.per_pack
 
 
 class Fit(_Record):
@@ -204,30 +215,31 @@ class CostModel(_Record):
 
     @classmethod
     def from_shape(
-        cls, *, per_tile: float, per_visual_token: float, per_token: float, per_square: float
+        cls, *, per_tile: float, per_visual_token: float, per_token: float, per_square: float, per_target: float = 0.0
     ) -> "CostModel":
         """Costs of a model that was not measured, in FLOPs of a forward and backward.
 
         Args:
             per_tile: Of the ViT, for each tile.
             per_visual_token: Of the projector, for each visual token.
-            per_token: Of the LLM's matrix products, for each row of a pack, output head included.
+            per_token: Of the LLM's matrix products, for each row of a pack.
             per_square: Of causal attention over all layers, for each squared token of a segment.
+            per_target: Of the output head, for each row that has a target.
         """
         return cls(
             source="shape",
             unit="flops",
             vit=VisionCost(per_tile=float(per_tile)),
             projector=ProjectorCost(per_visual_token=float(per_visual_token)),
-            llm=LLMCost(per_token=float(per_token), per_square=float(per_square)),
+            llm=LLMCost(per_token=float(per_token), per_square=float(per_square), per_target=float(per_target)),
         )
 
     def integers(self, max_tokens: int = MAX_TOKENS, max_tiles: int = MAX_TILES) -> IntegerCosts:
         """Scale all coefficients alike and round them, half up.
 
-        They are multiplied by the largest power of two at which the dearest pack (one segment of ``max_tokens``), the
-        projector on as many visual tokens, and the ViT on ``max_tiles`` each cost less than 2⁴⁶, rounded, and divided
-        by what they have in common. Rational arithmetic alone: the saved coefficients decide, not the platform's
+        They are multiplied by the largest power of two at which the dearest pack (one segment of ``max_tokens``, all of
+        them targets), the projector on as many visual tokens, and the ViT on ``max_tiles`` each cost less than 2⁴⁶,
+        rounded, and divided by what they have in common. Rational arithmetic alone: the saved coefficients decide, not the platform's
         rounding. What a ViT or projector spends on every call alike is left out: no plan can change it.
 
         Args:
@@ -243,15 +255,16 @@ class CostModel(_Record):
                 "tokens and tiles"
             )
         llm, vit, projector = self.llm, self.vit, self.projector
-        floats = (llm.per_token, llm.per_square, llm.per_pack, vit.per_tile, projector.per_visual_token)
+        floats = (llm.per_token, llm.per_square, llm.per_target, llm.per_pack)
+        floats += (vit.per_tile, projector.per_visual_token)
         exact = [Fraction(coefficient) for coefficient in floats]
         ratio = PLAN_LIMIT / _dearest(exact, max_tokens, max_tiles)
         scale = Fraction(2) ** (ratio.numerator.bit_length() - ratio.denominator.bit_length() + 1)
         while _dearest(scaled := [_round(x * scale) for x in exact], max_tokens, max_tiles) >= PLAN_LIMIT:
             scale /= 2
         common = math.gcd(*scaled)
-        a, b, c, tile, token = (coefficient // common for coefficient in scaled)
-        return IntegerCosts(a, b, c, tile, token, max_tokens, max_tiles)
+        a, b, target, c, tile, token = (coefficient // common for coefficient in scaled)
+        return IntegerCosts(a, b, c, tile, token, max_tokens, max_tiles, target)
 
     def save(self, path: Path) -> None:
         """Write the file; its folder is made. ``load`` gives back exactly the same numbers."""
@@ -288,8 +301,8 @@ class CostModel(_Record):
 
 def _dearest(coefficients: Sequence[Fraction] | Sequence[int], max_tokens: int, max_tiles: int) -> Fraction:
     """The most that a pack, its visual tokens or its tiles can cost."""
-    per_token, per_square, per_pack, per_tile, per_visual_token = map(Fraction, coefficients)
-    pack = (per_square * max_tokens + per_token) * max_tokens + per_pack
+    per_token, per_square, per_target, per_pack, per_tile, per_visual_token = map(Fraction, coefficients)
+    pack = (per_square * max_tokens + per_token + per_target) * max_tokens + per_pack
     return max(pack, per_tile * max_tiles, per_visual_token * max_tokens)
 
 

@@ -181,10 +181,12 @@ def test_packs_are_made_even_where_no_sample_is_long(make_index: MakeIndex, long
 def test_costs_of_a_model_decide_the_balance(make_index: MakeIndex) -> None:
     index = random_index(make_index, 3, size=300)
     settings = PlanSettings(seed=1, pack_tokens=TOKENS, pack_tiles=TILES, packs_per_step=8, window=64)
-    costs = IntegerCosts(5, 2, 100, 1, 1, max_tokens=TOKENS, max_tiles=TILES)
+    costs = IntegerCosts(5, 2, 100, 1, 1, max_tokens=TOKENS, max_tiles=TILES, per_target=7)
     plan = Planner(index, Mixture(index, NATURAL, 1), settings, costs).plan_step(0, DataLayout(4, 2))
     plain = make_planner(index, window=64).plan_step(0, DataLayout(4, 2))
-    assert plan.pack_costs.tolist() == (5 * TOKENS + 2 * plain.pack_costs + 100).tolist()
+    targets = np.array([plan.supervised[plan.packs.pack_of == number].sum() for number in range(len(plan.packs))])
+    assert targets.any()
+    assert plan.pack_costs.tolist() == (5 * TOKENS + 2 * plain.pack_costs + 7 * targets + 100).tolist()
     assert as_lists(plan.packs) == as_lists(plain.packs)  # what a step trains on is no matter of costs
 
 

@@ -30,7 +30,7 @@ from evovlm.parallel.world import World
 
 from .support import SMALL
 
-TRUE: dict[str, tuple[float, ...]] = {"vit": (2e6, 3e5), "projector": (700.0, 2e3), "llm": (5e4, 11.0, 8e5)}
+TRUE: dict[str, tuple[float, ...]] = {"vit": (2e6, 3e5), "projector": (700.0, 2e3), "llm": (5e4, 11.0, 3e4, 8e5)}
 """Nanoseconds: what the clock of these tests runs by."""
 T = 256
 
@@ -53,9 +53,9 @@ class Clock:
         return replace(Case(module, str(features), features, work, weight=seconds), **changes)
 
     def cases(self) -> list[Case]:
-        packs = [(T, T * T), (T, 2 * (T // 2) ** 2), (T, T * 8), (T // 2, (T // 2) ** 2), (T // 4, T)]
-        made = [self.case("llm", rows, squares, 1) for rows, squares in packs]
-        made += [self.case("llm", T, 4 * (T // 4) ** 2, 1, held_out=True)]
+        packs = [(T, T * T, T), (T, 2 * (T // 2) ** 2, 9), (T, T * 8, 9), (T // 2, (T // 2) ** 2, 0), (T // 4, T, 5)]
+        made = [self.case("llm", *features, 1) for features in packs]
+        made += [self.case("llm", T, 4 * (T // 4) ** 2, T // 2, 1, held_out=True)]
         made += [self.case(module, n, 1) for module in ("vit", "projector") for n in (0, 4, 16)]
         return made
 
@@ -80,7 +80,7 @@ def test_exact_times_give_the_coefficients_back() -> None:
 
 def test_held_out_cases_take_no_part() -> None:
     clock = Clock()
-    wrong = clock.case("llm", T, 4 * (T // 4) ** 2, 1, held_out=True, factor=2.0)
+    wrong = clock.case("llm", T, 4 * (T // 4) ** 2, 7, 1, held_out=True, factor=2.0)
     cases = [case for case in clock.cases() if not case.held_out] + [wrong]
     model = fit_model(measure(cases, max_seconds=1e9, clock=clock), machine="", about={})
     assert coefficients_of(model, "llm") == pytest.approx(TRUE["llm"], rel=1e-6)
@@ -137,11 +137,11 @@ def test_relative_errors_count() -> None:
 def test_cases_too_alike_are_an_error_that_lists_what_was_left_out() -> None:
     clock = Clock()
     cases = [case for case in clock.cases() if case.module != "llm"]
-    cases += [clock.case("llm", T, T * T, 1), clock.case("llm", T, T * 8, 1, num_bytes=2**31)]
+    cases += [clock.case("llm", T, T * T, T, 1), clock.case("llm", T, T * 8, T, 1, num_bytes=2**31)]
     found = measure(cases, max_seconds=1e9, memory=2**30, clock=clock)
-    with pytest.raises(ValueError, match=r"llm: 1 cases cannot tell 3 coefficients apart; give more seconds") as caught:
+    with pytest.raises(ValueError, match=r"llm: 1 cases cannot tell 4 coefficients apart; give more seconds") as caught:
         fit_model(found, machine="", about={})
-    assert f"llm, ({T}, {T * 8}, 1): needs about 2.00 GiB, of which 1.00 GiB are free" in str(caught.value)
+    assert f"llm, ({T}, {T * 8}, {T}, 1): needs about 2.00 GiB, of which 1.00 GiB are free" in str(caught.value)
     with pytest.raises(ValueError, match="vit: 0 cases cannot tell 2 coefficients apart"):
         fit_model(Measurements([], [], 0, 0.0), machine="", about={})
 
@@ -239,9 +239,12 @@ def test_cases_run_forward_and_backward_of_one_module_each() -> None:
     found = on_one_rank(SMALL, settings())
     assert found["trained"] == {module: {module} for module in FEATURES}
     llm = [features for module, features, *_ in found["cases"] if module == "llm"]
-    assert {rows for rows, _, _ in llm} == {T, T // 2, T // 4}
-    assert max(squares for _, squares, _ in llm) == T * T
-    assert min(squares for rows, squares, _ in llm if rows == T) == T * 32  # eight segments of 32
+    assert {rows for rows, *_ in llm} == {T, T // 2, T // 4}
+    assert max(squares for _, squares, *_ in llm) == T * T
+    assert min(squares for rows, squares, *_ in llm if rows == T) == T * 32  # eight segments of 32
+    shares = sorted(targets / rows for rows, _, targets, _ in llm)
+    assert (shares[0], shares[-1]) == (0, 1)
+    assert 0.4 < shares[len(shares) // 2] < 0.6
     assert all(one == 1 for *_, one in llm)
     assert [f[0] for module, f, *_ in found["cases"] if module == "vit"] == [0, 1, 2, 4, 8, 6]
     tokens = [f[0] for module, f, *_ in found["cases"] if module == "projector"]
@@ -268,7 +271,7 @@ def test_packs_too_short_for_a_tile() -> None:
     found = on_one_rank(SMALL, settings(data={"pack_tokens": 4}, parallel={"encode_tiles": 1}))
     llm = [features for module, features, *_ in found["cases"] if module == "llm"]
     assert len(llm) == len(set(llm))
-    assert {rows for rows, _, _ in llm} == {4, 2, 1}
+    assert {rows for rows, *_ in llm} == {4, 2, 1}
 
 
 def test_what_cannot_be_timed() -> None:

@@ -34,16 +34,16 @@ def test_parts_add_up_to_the_count_of_a_pack(config: InternVLConfig) -> None:
     st.integers(0, 20),
     st.sampled_from([(), ("vit",), ("llm",), ("vit", "llm"), ("vit", "projector")]),
 )
-def test_costs_of_a_pack_are_those_of_training_and_the_heads_second_forward(
+def test_costs_of_a_pack_are_those_of_training(
     lengths: list[int], tiles: int, freeze: tuple[str, ...]
 ) -> None:
     rows, squares = sum(lengths), sum(length**2 for length in lengths)
+    targets = rows // 2
     costs = shape_costs(CONFIG, freeze=freeze)
-    counted = training_flops(forward_flops(CONFIG, tiles, lengths, rows), freeze)
+    counted = training_flops(forward_flops(CONFIG, tiles, lengths, targets), freeze)
     assert costs.vit.predict(tiles) == counted.vit
     assert costs.projector.predict(tiles * CONFIG.tokens_per_tile) == counted.projector
-    head = forward_flops(CONFIG, 0, (), rows).llm
-    assert costs.llm.predict(rows, squares) == counted.llm + head
+    assert costs.llm.predict(rows, squares, targets) == counted.llm
     assert costs.unit == "flops"
 
 
@@ -65,13 +65,3 @@ def test_what_is_never_run_backward_is_not_recomputed() -> None:
     frozen = ("vit", "projector")
     costs = shape_costs(CONFIG, freeze=frozen, recompute={"vit": "full"}, encoder_activations="recompute")
     assert costs == shape_costs(CONFIG, freeze=frozen)
-
-
-def test_rows_without_a_target_do_not_pass_the_head() -> None:
-    parts, none = ForwardFlops.of(CONFIG), shape_costs(CONFIG, supervised=0.0)
-    half, all_rows = shape_costs(CONFIG, supervised=0.5), shape_costs(CONFIG)
-    assert none.llm.per_token == 3 * parts.per_token
-    assert half.llm.per_token == none.llm.per_token + 2 * parts.per_target
-    assert all_rows.llm.per_token == none.llm.per_token + 4 * parts.per_target
-    with pytest.raises(ValueError, match=r"supervised = 1.5: the share of rows that have a target is from 0 to 1"):
-        shape_costs(CONFIG, supervised=1.5)

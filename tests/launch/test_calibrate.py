@@ -50,10 +50,10 @@ def test_a_table_and_a_file(settings: RunSettings, tmp_path: Path, capsys: pytes
     assert set(model.fits) == {"vit", "projector", "llm"}
     assert model.vit.per_tile > 0
     costs = model.integers(96, 44)
-    assert costs.pack_costs(np.array([96]), 96)[0] > 0
+    assert costs.pack_costs(np.array([96]), np.array([96]), 96)[0] > 0
     out = capsys.readouterr().out
     for part in (
-        "96 rows: 1 × 96",
+        "96 rows: 1 × 96, 96 targets",
         "4 tiles",
         "16 visual tokens",
         "held out",
