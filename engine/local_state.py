@@ -20,6 +20,8 @@ from evovlm.engine.parts import Parts
 from evovlm.engine.settings import OptimSettings
 from evovlm.parallel.pieces import Piece, piece_of
 
+_BLOCK = 4096
+
 
 @dataclass(frozen=True, eq=False)
 class LocalParameter:
@@ -93,13 +95,13 @@ class LocalState:
     def gradient_norm(self, device: torch.device) -> float:
         """Compute the 2-norm of the gradient over all modules, whatever mesh each is on. Collective.
 
-        Squares are added in float64, each divided by the number of ranks that hold the same elements.
+        Squares count by one over the number of ranks that hold the same elements.
         """
         total = torch.zeros((), dtype=torch.float64, device=device)
         for p in self.parameters:
             gradient = p.gradient
             if gradient is not None and not p.is_copy:
-                total += gradient.double().square().sum() / p.num_copies
+                total += sum_squares(gradient) / p.num_copies
         dist.all_reduce(total)
         return math.sqrt(total.item())
 
@@ -114,6 +116,19 @@ class LocalState:
                 whole = Piece(piece.shape, piece.offset, value.view(piece.local.shape)) if value.ndim else scalar
                 state[f"optimizer.{p.name}.{moment}"] = whole
         return state
+
+
+def sum_squares(x: Tensor) -> Tensor:
+    """Σ x² of a float32 or float64 tensor as a float64 scalar, without a copy in float64.
+
+    Norms of 4,096 elements each are taken in the dtype of ``x``, and their squares are added in float64.
+    """
+    flat = x.reshape(-1)
+    whole = flat.numel() // _BLOCK * _BLOCK
+    rest = torch.linalg.vector_norm(flat[whole:], dtype=torch.float64).square()
+    if whole == 0:
+        return rest
+    return torch.linalg.vector_norm(flat[:whole].view(-1, _BLOCK), dim=1).double().square().sum() + rest
 
 
 def _local(name: str, parameter: nn.Parameter, is_copy: bool) -> LocalParameter:
