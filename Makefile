@@ -18,7 +18,7 @@ BENCH_ARGS ?=
 PIP_QUIET ?= --quiet --quiet
 
 FOLDERS := csrc parallel models data engine launch
-PACKAGE_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
+PACKAGE_INPUTS := pyproject.toml setup.py constraints.txt $(foreach kind,cpp h cu cuh,$(wildcard csrc/*.$(kind)))
 
 export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

@@ -5,15 +5,22 @@
 
 ``evovlm`` itself is a namespace package (there is no ``__init__.py`` at the root), so plain names such as
 ``data`` or ``models`` never shadow a user's own modules. Everything else stands in ``pyproject.toml``.
+
+CUDA kernels are compiled where torch was built with CUDA and there is nvcc of its release (``CUDA_HOME``), for the GPUs
+at hand or those of ``TORCH_CUDA_ARCH_LIST``; ``pip install -v`` shows what was compiled.
 """
 
+import logging
 from pathlib import Path
 
 import pybind11
+import torch
 from setuptools import Extension, find_packages, setup
-from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, include_paths, library_paths
 
 FOLDERS = ("engine", "models", "parallel", "csrc", "data", "launch")
+HAS_CUDA = torch.version.cuda is not None and CUDA_HOME is not None
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020d000000000000"
 
 packages: list[str] = []
 package_dir: dict[str, str] = {}
@@ -21,6 +28,25 @@ for folder in FOLDERS:
     for sub in ("", *(f".{name}" for name in find_packages(folder))):
         packages.append(f"evovlm.{folder}{sub}")
         package_dir[f"evovlm.{folder}{sub}"] = folder + sub.replace(".", "/")
+
+
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(path) for pattern in patterns for path in Path("csrc").glob(pattern))
+
+
+class Build(BuildExtension):
+    """Says what it compiles."""
+
+    def build_extensions(self) -> None:
+        if HAS_CUDA:
+            kernels = f"kernels for CPU and CUDA (torch {torch.__version__}, nvcc of {CUDA_HOME})"
+        elif torch.version.cuda is None:
+            kernels = f"kernels for CPU alone: torch {torch.__version__} has no CUDA"
+        else:
+            kernels = f"kernels for CPU alone: torch {torch.__version__} has CUDA, but there is no nvcc (set CUDA_HOME)"
+        self.announce(f"evovlm.csrc._ops: {kernels}", level=logging.INFO)
+        super().build_extensions()
+
 
 setup(
     packages=packages,
@@ -35,7 +61,7 @@ setup(
         Extension(
             "evovlm.csrc._plan",
             [f"csrc/{name}.cpp" for name in ("plan", "pack", "balance", "shuffle")],
-            depends=[str(path) for path in Path("csrc").glob("*.h")],
+            depends=sources("*.h"),
             include_dirs=[pybind11.get_include()],
             extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden"],
             language="c++",
@@ -43,14 +69,17 @@ setup(
         # On torch's stable ABI: seconds to build, and no ATen headers.
         Extension(
             "evovlm.csrc._ops",
-            sorted(str(path) for path in Path("csrc").glob("ops_*.cpp")),
-            depends=[str(path) for path in Path("csrc").glob("*.h")],
-            include_dirs=include_paths(),
-            library_dirs=library_paths(),
-            libraries=["torch", "torch_cpu", "c10"],
-            extra_compile_args=["-O3", "-std=c++20", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020d000000000000"],
+            sources("ops_*.cpp", *(["ops_*_cuda.cu"] if HAS_CUDA else [])),
+            depends=sources("*.h", "*.cuh"),
+            include_dirs=include_paths("cuda" if HAS_CUDA else "cpu"),
+            library_dirs=library_paths("cuda" if HAS_CUDA else "cpu"),
+            libraries=["torch", "torch_cpu", "c10", *(["torch_cuda", "cudart"] if HAS_CUDA else [])],
+            extra_compile_args={
+                "cxx": ["-O3", "-std=c++20", "-fvisibility=hidden", STABLE_ABI],
+                "nvcc": ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", STABLE_ABI],
+            },
             language="c++",
         ),
     ],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": Build},
 )

@@ -1,19 +1,21 @@
 """Leaf operators: the only code that may differ between devices, each beside its plain PyTorch reference.
 
-    segment attention   packed_attention   q, k, v [T, ·, D] + cu_seqlens  ->  [T, A, D]
-    attention block     attention_block    q [n, A, D], k, v [m, K, D]     ->  [n, A, D], log-sum-exp [A, n]
-    rotary              rotary, rotary_qk  q or k [T, ·, D] + positions [T] -> [T, ·, D]
-    positions           v2pe_positions     run table [n, 2] + cu_seqlens   ->  [T]
     normalisation       rms_norm           [..., H]                        ->  [..., H]
+    gate of an MLP      swiglu             gate, up [..., F]               ->  [..., F]
+    residual branch     add_scaled         x, branch [..., C], scale [C]   ->  [..., C]
+    cross-entropy       cross_entropy_     logits [n, V], labels [n]       ->  [n]; logits become their gradient
     copies of rows      gather_rows        [N, H], index [n]               ->  [n, H]
                         scatter_rows       [T, H], index [n], rows [n, H]  ->  [T, H]
                         sum_rows           [n, H], index [n]               ->  [N, H]
+    rotary              rotary, rotary_qk  q or k [T, ·, D] + positions [T] -> [T, ·, D]
+    positions           v2pe_positions     run table [n, 2] + cu_seqlens   ->  [T]
+    segment attention   packed_attention   q, k, v [T, ·, D] + cu_seqlens  ->  [T, A, D]
+    attention block     attention_block    q [n, A, D], k, v [m, K, D]     ->  [n, A, D], log-sum-exp [A, n]
 
 A function here chooses the implementation by device; ``*_reference`` states what it must equal.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from evovlm.csrc import norm_autograd  # noqa: F401 - registers shapes and gradients
+from evovlm.csrc import attention_autograd, fused_autograd, norm_autograd  # noqa: F401 - register shapes and gradients
 from evovlm.csrc.rotary_autograd import RotateInPlace
 from evovlm.csrc.rows_autograd import ScatterInPlace
 
@@ -51,6 +53,89 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x if x.dtype == torch.float64 else x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * normed.to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Gate of a SwiGLU MLP: ``silu(gate) · up``, on CPU in one pass over memory, and its gradient in another.
+
+    Only ``gate`` and ``up`` are kept for backward. 16-bit numbers are widened, and the result is rounded once.
+
+    Args:
+        gate: ``[..., F]``: float32, float64, bfloat16 or float16.
+        up: Same shape and dtype.
+
+    Returns:
+        Same shape and dtype. Differentiable once on CPU.
+    """
+    if not gate.is_cpu or gate.dtype != up.dtype or isinstance(gate, DTensor) or isinstance(up, DTensor):
+        return swiglu_reference(gate, up)
+    gated: Tensor = torch.ops.evovlm.swiglu(gate, up)
+    return gated
+
+
+def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """State :func:`swiglu` with one operator a term."""
+    return F.silu(gate) * up
+
+
+def add_scaled(x: Tensor, branch: Tensor, scale: Tensor, factors: Tensor | None = None) -> Tensor:
+    """Add a residual branch with a scale per channel: ``x + branch · scale · factors``, on CPU in one pass over memory.
+
+    Its gradient is one pass as well, which keeps the branch; that of the scale is summed in a fixed order, so that no
+    result depends on the number of threads. 16-bit numbers are widened, and the result is rounded once.
+
+    Args:
+        x: ``[..., C]``: float32, float64, bfloat16 or float16.
+        branch: Same shape and dtype.
+        scale: ``[C]``.
+        factors: ``[N]``, N the first dimension of ``x``: factor of each tile's branch (drop path). It has no gradient.
+
+    Returns:
+        Shape and dtype of ``x``. Differentiable once on CPU.
+    """
+    given = [x, branch, scale] if factors is None else [x, branch, scale, factors]
+    if not x.is_cpu or any(part.dtype != x.dtype or isinstance(part, DTensor) for part in given):
+        return add_scaled_reference(x, branch, scale, factors)
+    added: Tensor = torch.ops.evovlm.add_scaled(x, branch, scale, factors)
+    return added
+
+
+def add_scaled_reference(x: Tensor, branch: Tensor, scale: Tensor, factors: Tensor | None = None) -> Tensor:
+    """State :func:`add_scaled` with one operator a term."""
+    scaled = branch * scale
+    return x + (scaled if factors is None else scaled * factors.view(-1, *[1] * (x.ndim - 1)))
+
+
+def cross_entropy_(logits: Tensor, labels: Tensor, weights: Tensor, gradient: bool) -> Tensor:
+    """Weighted cross-entropy of each row; where wanted, the logits become its gradient. Outside of any graph.
+
+    On CPU a row stays in the cache: largest logit, exponentials and their sum, then w·(p − onehot).
+
+    Args:
+        logits: ``[n, V]``, float32 or float64, contiguous; overwritten on CPU if ``gradient``, elsewhere in any case.
+        labels: int64 ``[n]``, from 0 to V − 1.
+        weights: ``[n]`` in the dtype of the logits.
+        gradient: Whether to write ``weights · (softmax(logits) − onehot(labels))`` over the logits.
+
+    Returns:
+        ``[n]``: weight · (log Σ exp(logits) − logits at the label).
+
+    Raises:
+        RuntimeError: A label is not a column (on CUDA the kernel stops), or shapes do not fit.
+    """
+    if not logits.is_cpu:
+        return cross_entropy_reference(logits, labels, weights, gradient)
+    losses: Tensor = torch.ops.evovlm.cross_entropy_(logits, labels, weights, gradient)
+    return losses
+
+
+def cross_entropy_reference(logits: Tensor, labels: Tensor, weights: Tensor, gradient: bool) -> Tensor:
+    """State :func:`cross_entropy_` with one operator a term, all in place."""
+    largest, target = logits.amax(1, keepdim=True), logits.gather(1, labels[:, None])
+    sums = logits.sub_(largest).exp_().sum(1, keepdim=True)
+    if gradient:
+        logits.mul_(weights[:, None] / sums).scatter_add_(1, labels[:, None], -weights[:, None])
+    return (sums.log() + largest - target).squeeze(1) * weights
 
 
 def gather_rows(x: Tensor, index: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -212,8 +297,12 @@ def rotary_qk_(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor) -> tup
     shape = (-1, 2 * inv_freq.shape[0])
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or q._is_view() or k._is_view():
         return rotary_qk(torch.unflatten(q, -1, shape), torch.unflatten(k, -1, shape), positions, inv_freq)
-    q, k = RotateInPlace.apply(q, k, positions, inv_freq)  # type: ignore[no-untyped-call]
-    return torch.unflatten(q, -1, shape), torch.unflatten(k, -1, shape)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        q, k = RotateInPlace.apply(q, k, positions, inv_freq)  # type: ignore[no-untyped-call]
+        return torch.unflatten(q, -1, shape), torch.unflatten(k, -1, shape)
+    q, k = torch.unflatten(q, -1, shape), torch.unflatten(k, -1, shape)
+    torch.ops.evovlm.rotary_qk_(q, k, positions, inv_freq, False)
+    return q, k
 
 
 def rotary_reference(x: Tensor, positions: Tensor, inv_freq: Tensor, *, inverse: bool = False) -> Tensor:
@@ -250,36 +339,48 @@ def v2pe_positions(cu_seqlens: Tensor, runs: Tensor, deltas: Tensor, num_tokens:
     return positions
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Sequence[int]) -> Tensor:
-    """Causal attention inside each segment of a pack; no ``[T, T]`` mask is made.
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Sequence[int] | Tensor, *, causal: bool = True
+) -> Tensor:
+    """Attention inside each segment of a pack; no ``[T, T]`` mask is made.
+
+    On CPU one operator does all segments and heads: scores stay in the cache, work is shared over threads by segment,
+    head and queries, and no result depends on the number of threads. On CUDA the fastest flash kernel there is.
+    Differentiable once.
 
     Args:
-        q: ``[T, A, D]``.
-        k: ``[T, K, D]``, K divides A.
+        q: ``[T, A, D]``: float32, float64, bfloat16 or float16 (16-bit is computed in float32, rounded once).
+        k: ``[T, K, D]``, K divides A. Rows of all three may be strided: views of a fused projection are not copied.
         v: ``[T, K, D]``.
-        cu_seqlens: Segment borders on the host: S + 1 rising integers from 0 to T.
+        cu_seqlens: Segment borders on the host: S + 1 rising integers from 0 to T; an int32 tensor is used as it is.
+        causal: Query i of a segment sees keys 0 … i; otherwise it sees all of its segment.
 
     Returns:
         ``[T, A, D]``.
+
+    Raises:
+        RuntimeError: Shapes, dtypes or borders do not fit.
     """
-    num_tokens, num_heads, head_dim = q.shape
-    grouped = k.shape[1] != num_heads
-    # SDPA wants heads before tokens: [1, A, T, D]. Views only.
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    lengths = [end - start for start, end in pairwise(cu_seqlens)]
-    outputs = [
-        F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, enable_gqa=grouped)
-        for qs, ks, vs in zip(*(torch.split(x, lengths, dim=2) for x in (q, k, v)), strict=True)
-    ]
-    return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1).reshape(num_tokens, num_heads, head_dim)
+    if q.is_cuda:
+        from evovlm.csrc.attention_cuda import packed_attention_cuda
+
+        on_cuda: Tensor = packed_attention_cuda(q, k, v, cu_seqlens, causal)
+        return on_cuda
+    cu = cu_seqlens if isinstance(cu_seqlens, Tensor) else torch.tensor(cu_seqlens, dtype=torch.int32)
+    out: Tensor = torch.ops.evovlm.attention(q, k, v, cu, cu, causal)[0]
+    return out
 
 
-def packed_attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Sequence[int]) -> Tensor:
+def packed_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Sequence[int] | Tensor, *, causal: bool = True
+) -> Tensor:
     """State :func:`packed_attention` with one dense mask over the whole pack."""
     borders = torch.as_tensor(cu_seqlens[1:], device=q.device)
     rows = torch.arange(q.shape[0], device=q.device)
     segment = torch.bucketize(rows, borders, right=True)
-    allowed = (segment[:, None] == segment[None]) & (rows[:, None] >= rows[None])
+    allowed = segment[:, None] == segment[None]
+    if causal:
+        allowed &= rows[:, None] >= rows[None]
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     scores = torch.einsum("tad,sad->ats", q, k) * q.shape[-1] ** -0.5
@@ -290,7 +391,8 @@ def packed_attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Sequ
 def attention_block(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     """Attention of some queries over some keys, with what is needed to merge it with other keys of the same queries.
 
-    Flash kernels on CPU and, for half precision, on CUDA; elsewhere :func:`attention_block_reference`.
+    The operator of :func:`packed_attention` on CPU, torch's flash kernel on CUDA for half precision; elsewhere
+    :func:`attention_block_reference`.
 
     Args:
         q: ``[n, A, D]``, channels contiguous.
@@ -308,11 +410,11 @@ def attention_block(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tens
     if causal and q.shape[0] != k.shape[0]:
         raise ValueError(f"a causal block needs as many queries as keys, got {q.shape[0]} and {k.shape[0]}")
     if q.device.type == "cpu":
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    elif _has_cuda_flash(q):
-        flash = torch.ops.aten._scaled_dot_product_flash_attention
-    else:
+        out, lse = torch.ops.evovlm.attention(q, k, v, *_block_borders(q, k), causal)
+        return out, lse
+    if not _has_cuda_flash(q):
         return attention_block_reference(q, k, v, causal)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
     out, lse = flash(_heads_first(q), _heads_first(k), _heads_first(v), 0.0, causal)[:2]
     return _rows_first(out), lse.squeeze(0)
 
@@ -334,17 +436,25 @@ def attention_block_backward(
     Returns:
         Gradients of ``q``, ``k`` and ``v``, in their shapes and dtypes.
     """
-    if q.device.type != "cpu" and not _has_cuda_flash(q):
-        return attention_block_backward_reference(grad, q, k, v, out, lse, causal)
-    inputs = (*(_heads_first(x) for x in (grad, q, k, v, out)), lse.contiguous().unsqueeze(0))
     if q.device.type == "cpu":
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*inputs, 0.0, causal)
-    else:
-        # Without dropout the kernel reads neither the state of the random numbers nor borders of sequences.
-        state = torch.empty(2, dtype=torch.uint64, device=q.device)
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            *inputs, None, None, q.shape[0], k.shape[0], 0.0, causal, state, state[:0]
-        )
+        dq, dk, dv = torch.ops.evovlm.attention_backward(grad, q, k, v, out, lse, *_block_borders(q, k), causal)
+        return dq, dk, dv
+    if not _has_cuda_flash(q):
+        return attention_block_backward_reference(grad, q, k, v, out, lse, causal)
+    # Without dropout the kernel reads neither the state of the random numbers nor borders of sequences.
+    state = torch.empty(2, dtype=torch.uint64, device=q.device)
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        *(_heads_first(x) for x in (grad, q, k, v, out)),
+        lse.contiguous().unsqueeze(0),
+        None,
+        None,
+        q.shape[0],
+        k.shape[0],
+        0.0,
+        causal,
+        state,
+        state[:0],
+    )
     dq, dk, dv = (_rows_first(x) for x in grads)
     return dq, dk, dv
 
@@ -383,6 +493,12 @@ def _dense_block(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor,
         above = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(above, float("-inf"))
     return scores, k, v
+
+
+def _block_borders(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Borders of one segment of all queries and all keys, on the host."""
+    cu_q = torch.tensor([0, q.shape[0]], dtype=torch.int32)
+    return cu_q, cu_q if k.shape[0] == q.shape[0] else torch.tensor([0, k.shape[0]], dtype=torch.int32)
 
 
 def _has_cuda_flash(q: Tensor) -> bool:

@@ -53,6 +53,20 @@ void copy_row(char* to, const char* from, int64_t bytes, bool stream) {
   memcpy(to, from, bytes);
 }
 
+void clear_row(char* to, int64_t bytes, bool stream) {
+#if defined(__SSE2__)
+  if (stream) {
+    const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<intptr_t>(to) & 15);
+    memset(to, 0, head);
+    int64_t at = head;
+    for (; at + 16 <= bytes; at += 16) _mm_stream_si128(reinterpret_cast<__m128i*>(to + at), _mm_setzero_si128());
+    memset(to + at, 0, bytes - at);
+    return;
+  }
+#endif
+  memset(to, 0, bytes);
+}
+
 // Streamed stores must be seen by whoever reads the rows after this thread says that it is done.
 void end_stream(bool stream) {
 #if defined(__SSE2__)
@@ -176,9 +190,12 @@ Tensor drop(const Tensor& x, const Tensor& index) {
   const std::vector<int64_t> place = Index(index, from.count, "drop_rows").inverse("drop_rows", false);
   Tensor out = torch::stable::new_empty(x, {from.count, from.width});
   const Rows to(out, "out");
-  const std::vector<char> zeros(to.bytes);
   each_row(to.count, to.bytes, [&](int64_t row, bool stream) {
-    copy_row(to.row(row), place[row] < 0 ? from.row(row) : zeros.data(), to.bytes, stream);
+    if (place[row] < 0) {
+      copy_row(to.row(row), from.row(row), to.bytes, stream);
+    } else {
+      clear_row(to.row(row), to.bytes, stream);
+    }
   });
   return out;
 }
@@ -223,14 +240,15 @@ void sum_into(const Tensor& rows, const Tensor& index, const Tensor& out) {
   for (int64_t i = 0; i < added.count; ++i) ++begin[added.data[i] + 2];
   for (int64_t r = 1; r < to.count + 2; ++r) begin[r] += begin[r - 1];
   for (int64_t i = 0; i < added.count; ++i) order[begin[added.data[i] + 1]++] = i;
-  const std::vector<char> zeros(to.bytes);
   const ScalarType dtype = from.tensor.scalar_type();
   each_row(to.count, to.bytes, [&](int64_t row, bool stream) {
     const int64_t count = begin[row + 1] - begin[row], *sources = order.data() + begin[row];
-    if (count > 1) {
-      add_rows(dtype, to.row(row), from, sources, count, to.width);
+    if (count == 0) {
+      clear_row(to.row(row), to.bytes, stream);
+    } else if (count == 1) {
+      copy_row(to.row(row), from.row(*sources), to.bytes, stream);
     } else {
-      copy_row(to.row(row), count ? from.row(*sources) : zeros.data(), to.bytes, stream);
+      add_rows(dtype, to.row(row), from, sources, count, to.width);
     }
   });
 }

@@ -11,7 +11,7 @@ from evovlm.engine.engine import Engine, StepResult
 from evovlm.engine.optimizer import lr_factor
 from evovlm.engine.options import EngineOptions
 from evovlm.engine.runs import newest_checkpoint
-from evovlm.engine.settings import OptimSettings
+from evovlm.engine.settings import FP8Skip, KernelSettings, OptimSettings
 from evovlm.engine.vision import VisionModel
 from evovlm.models.sharding import ModelTables
 from evovlm.parallel.layout import Layout, ParallelPlan
@@ -20,6 +20,8 @@ from evovlm.parallel.world import World
 __all__ = [
     "Engine",
     "EngineOptions",
+    "FP8Skip",
+    "KernelSettings",
     "Layout",
     "MicroBatch",
     "ModelTables",

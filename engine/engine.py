@@ -102,6 +102,7 @@ class Engine:
             freeze=options.freeze,
             min_unit=options.min_unit,
             virtual_stages=options.virtual_stages,
+            kernels=options.kernels,
         )
         load_weights(parts, weights)
         vision = None

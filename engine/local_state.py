@@ -68,7 +68,8 @@ class LocalState:
         self.parameters = [_local(name, parameter, copy) for name, parameter, copy in parts.named_parameters()]
         trained = [p for p in self.parameters if p.sharded.requires_grad]
         modules = {p.name: parts.tables.module_of(p.name) for p in trained}
-        self.optimizer = build_optimizer({p.name: p.local for p in trained}, optim, modules)
+        adam = parts.kernels.settings.adam
+        self.optimizer = build_optimizer({p.name: p.local for p in trained}, optim, modules, adam=adam)
         self.shared_names = {name for part in parts for name in part.shared}
         for p in trained:  # made now, so that a checkpoint can be loaded before the first step
             self.optimizer.state[p.local] = {
@@ -125,10 +126,10 @@ def sum_squares(x: Tensor) -> Tensor:
     """
     flat = x.reshape(-1)
     whole = flat.numel() // _BLOCK * _BLOCK
-    rest = torch.linalg.vector_norm(flat[whole:], dtype=torch.float64).square()
-    if whole == 0:
-        return rest
-    return torch.linalg.vector_norm(flat[:whole].view(-1, _BLOCK), dim=1).double().square().sum() + rest
+    total: Tensor = torch.linalg.vector_norm(flat[whole:], dtype=torch.float64).square()
+    if whole:
+        total = total + torch.linalg.vector_norm(flat[:whole].view(-1, _BLOCK), dim=1).double().square().sum()
+    return total
 
 
 def _local(name: str, parameter: nn.Parameter, is_copy: bool) -> LocalParameter:

@@ -1,29 +1,37 @@
 """Cross-entropy over the supervised rows of a pack, in chunks, so that the logits never exist whole.
 
     hidden [t/tp, H] ─ gather ─► [t, H] ─ supervised rows ─► [n, H] ─ chunk by chunk ─► logits [chunk, V/tp] ─► Σ w·CE
-                                                                 │                         ▲ (again in backward)
-                                                                 └─ tp ranks: max; Σ exp, target logit
+                                                                                          │ in place
+                                      gradients of rows [n, H] and head [V/tp, H] ◄── w·(p − onehot)
+                                            └─ held until backward, which only scales them
+
+Forward makes the gradients as well, if any are wanted: the logits are there, and are not computed a second time.
+Between forward and backward the gradients are held, and nothing else. With tp ranks two sums cross them per chunk:
+the largest logit; Σ exp and the target's logit.
 
 L = Σ_i w_i·CE_i / W (spec §3.5). W is the sum of the weights over every rank and microbatch of the step; it is in
 the step plan, so nothing has to be reduced before the division.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Shard
 
+from evovlm.csrc.ops import cross_entropy_
 from evovlm.parallel.collectives import gather_rows, part_bounds
 from evovlm.parallel.tensor_styles import local_part
 
 IGNORE = -100
 """Label of a row that has no target."""
+
+CHUNK_ROWS = {"cpu": 512, "cuda": 2048}
+"""Rows whose logits exist at a time, by device. More rows read the head and its gradient fewer times, which counts
+where arithmetic is fast. On a CPU, products of 256 to 2048 rows run at one rate, and fewer rows take less memory."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ def weighted_cross_entropy(
     targets: Targets,
     *,
     group: dist.ProcessGroup | None = None,
-    chunk_rows: int = 2048,
+    chunk_rows: int | None = None,
 ) -> Tensor:
     """Sum the weighted cross-entropy of the supervised rows.
 
@@ -72,10 +80,11 @@ def weighted_cross_entropy(
         head: ``[V, H]``, weight of the output head; with a group a DTensor over it, split by rows.
         targets: Supervised rows of the t rows, their labels and weights; the same on every rank of the group.
         group: The tp ranks.
-        chunk_rows: Rows whose logits exist at a time. No logits are kept for backward, which computes them again.
+        chunk_rows: Rows whose logits exist at a time; by default ``CHUNK_ROWS`` of the device.
 
     Returns:
-        A scalar, float32 (float64 for float64 inputs). With no supervised row it is 0 and still has a gradient.
+        A scalar, float32 (float64 for float64 inputs). With no supervised row it is 0 and still has a gradient. It can
+        be differentiated once: backward hands its gradients over.
 
     Raises:
         ValueError: With a group, the head is not split over its ranks.
@@ -93,83 +102,89 @@ def weighted_cross_entropy(
         hidden = gather_rows(hidden, group)
     labels = targets.labels
     torch._assert_async(((labels >= 0) & (labels < vocab_size)).all(), f"labels must be from 0 to {vocab_size - 1}")
-    picked = hidden.index_select(0, targets.rows)
-    loss: Tensor = _CrossEntropy.apply(picked, local_part(head), labels, targets.weights, first, group, chunk_rows)  # type: ignore[no-untyped-call]
+    picked, part = hidden.index_select(0, targets.rows), local_part(head)
+    logits = _Logits(picked.detach(), part.detach(), labels, targets.weights, first, group)
+    wanted = [torch.is_grad_enabled() and x.requires_grad for x in (picked, part)]
+    loss, gradients = logits.sum(chunk_rows or CHUNK_ROWS.get(hidden.device.type, 2048), *wanted)
+    for x, gradient in zip((picked, part), gradients, strict=True):
+        if gradient is not None:
+            loss = loss + _Held.apply(x, gradient)  # type: ignore[no-untyped-call]
     return loss
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """Σ w·CE of rows ``[n, H]`` under the part of the vocabulary that starts at ``first``."""
+class _Held(torch.autograd.Function):
+    """Zero, with a known gradient.
+
+    One for each input, so that a backward that is run in two halves (inputs, then weights) meets each once.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        head: Tensor,
-        labels: Tensor,
-        weights: Tensor,
-        first: int,
-        group: dist.ProcessGroup | None,
-        chunk_rows: int,
-    ) -> Tensor:
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        weights = weights.to(wide)
-        normalizers = torch.empty(rows.shape[0], dtype=wide, device=rows.device)  # log Σ exp(logits)
-        total = torch.zeros((), dtype=wide, device=rows.device)
-        for chunk in _chunks(rows.shape[0], chunk_rows):
-            logits = F.linear(rows[chunk], head).to(wide)
-            owned, columns = _columns(labels[chunk], first, head.shape[0])
-            if head.shape[0]:
-                largest = logits.amax(1)
-                target = logits.gather(1, columns[:, None]).squeeze(1).masked_fill_(~owned, 0)
-            else:  # a vocabulary of fewer parts than ranks
-                largest = logits.new_full(logits.shape[:1], float("-inf"))
-                target = torch.zeros_like(largest)
-            if group is not None:
-                dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-            exponentials = logits.sub_(largest[:, None]).exp_().sum(1)
-            if group is not None:
-                both = torch.stack((exponentials, target))
-                dist.all_reduce(both, group=group)
-                exponentials, target = both
-            normalizers[chunk] = largest + exponentials.log()
-            total += ((normalizers[chunk] - target) * weights[chunk]).sum()
-        ctx.save_for_backward(rows, head, labels, weights, normalizers)
-        ctx.first, ctx.chunk_rows = first, chunk_rows
-        return total
+    def forward(ctx: Any, x: Tensor, gradient: Tensor) -> Tensor:  # noqa: ARG004
+        ctx.save_for_backward(gradient)
+        return gradient.new_zeros(())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, head, labels, weights, normalizers = ctx.saved_tensors
-        wants_rows, wants_head = ctx.needs_input_grad[:2]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # In place: a second backward finds a changed tensor, and autograd refuses it.
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(grad), None
+
+
+@dataclass(frozen=True, eq=False)
+class _Logits:
+    """Logits of rows ``[n, H]`` under the part ``[V/tp, H]`` of the head that starts at entry ``first``."""
+
+    rows: Tensor
+    head: Tensor
+    labels: Tensor
+    weights: Tensor
+    first: int
+    group: dist.ProcessGroup | None
+
+    def sum(self, chunk_rows: int, wants_rows: bool, wants_head: bool) -> tuple[Tensor, list[Tensor | None]]:
+        """Return Σ w·CE, and its gradients by rows and by the head where they are wanted."""
+        rows, head = self.rows, self.head
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        weights = self.weights.to(wide)
+        total = torch.zeros((), dtype=wide, device=rows.device)
         grad_rows = torch.empty_like(rows) if wants_rows else None
-        grad_head = torch.zeros_like(head, dtype=normalizers.dtype) if wants_head else None
-        for chunk in _chunks(rows.shape[0], ctx.chunk_rows):
-            # d CE / d logits = probabilities − 1 at the label, of which this rank has some columns.
-            errors = F.linear(rows[chunk], head).to(normalizers.dtype)
-            errors.sub_(normalizers[chunk, None]).exp_()
-            owned, columns = _columns(labels[chunk], ctx.first, head.shape[0])
-            if head.shape[0]:
-                errors.scatter_add_(1, columns[:, None], -owned.to(errors.dtype)[:, None])
-            errors.mul_((weights[chunk] * grad)[:, None])
-            narrow = errors.to(head.dtype)
+        grad_head = torch.zeros_like(head, dtype=wide) if wants_head else None
+        buffer = rows.new_empty(min(chunk_rows, len(rows)), len(head))
+        for start in range(0, len(rows), chunk_rows):
+            chunk = slice(start, min(start + chunk_rows, len(rows)))
+            narrow = torch.mm(rows[chunk], head.T, out=buffer[: chunk.stop - start])
+            errors = narrow.to(wide)
+            total += self._losses(errors, self.labels[chunk], weights[chunk], wants_rows or wants_head).sum()
+            if errors is not narrow and (wants_rows or wants_head):
+                narrow.copy_(errors)
             if grad_rows is not None:
-                grad_rows[chunk] = narrow @ head
-            if grad_head is None:
-                continue
-            if narrow is errors:
+                torch.mm(narrow, head, out=grad_rows[chunk])
+            if grad_head is not None and narrow is errors:
                 grad_head.addmm_(errors.T, rows[chunk])
-            else:
+            elif grad_head is not None:
                 grad_head += narrow.T @ rows[chunk]  # narrow products, added up in float32
-        return grad_rows, grad_head, None, None, None, None, None
+        return total, [grad_rows, grad_head]
 
-
-def _chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
-    return (slice(start, min(start + chunk_rows, num_rows)) for start in range(0, num_rows, chunk_rows))
-
-
-def _columns(labels: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """Whether each label is among ``count`` columns that start at ``first``, and a valid column for each."""
-    columns = labels - first
-    return (columns >= 0) & (columns < count), columns.clamp(0, max(count - 1, 0))
+    def _losses(self, logits: Tensor, labels: Tensor, weights: Tensor, gradient: bool) -> Tensor:
+        """Return w·CE of each row; with ``gradient``, the logits become w·(p − onehot)."""
+        if self.group is None:
+            return cross_entropy_(logits, labels, weights, gradient)
+        columns = labels - self.first
+        owned = (columns >= 0) & (columns < logits.shape[1])
+        if logits.shape[1]:
+            columns = columns.clamp(0, logits.shape[1] - 1)[:, None]
+            largest = logits.amax(1)
+            target = logits.gather(1, columns).squeeze(1).masked_fill_(~owned, 0)
+        else:  # a vocabulary of fewer parts than ranks
+            largest = torch.full_like(weights, float("-inf"))
+            target = torch.zeros_like(weights)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
+        both = torch.stack((logits.sub_(largest[:, None]).exp_().sum(1), target))
+        dist.all_reduce(both, group=self.group)
+        exponentials, target = both
+        if gradient and logits.shape[1]:
+            logits.mul_((weights / exponentials)[:, None])
+            logits.scatter_add_(1, columns, (weights * owned).neg_()[:, None])
+        losses: Tensor = (exponentials.log() + largest - target) * weights
+        return losses

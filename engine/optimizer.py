@@ -1,4 +1,8 @@
-"""AdamW with one learning rate per module and no weight decay on vectors; the schedule is a function of the step."""
+"""AdamW with one learning rate per module and no weight decay on vectors; the schedule is a function of the step.
+
+Whichever package's fused kernel takes the steps, the state of a parameter is ``step``, ``exp_avg``, ``exp_avg_sq``: a
+checkpoint of one can be continued with another.
+"""
 
 import math
 from collections.abc import Mapping
@@ -7,8 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from evovlm.csrc.backends import load
 from evovlm.engine.settings import OptimSettings
 from evovlm.models.sharding import module_of
+
+Adam = Literal["torch", "te", "apex"]
 
 
 def parameter_groups(
@@ -50,8 +57,16 @@ def build_optimizer(
     parameters: Mapping[str, nn.Parameter],
     settings: OptimSettings,
     module_of_parameter: Mapping[str, str] | None = None,
-) -> torch.optim.AdamW:
+    *,
+    adam: Adam = "torch",
+) -> torch.optim.Optimizer:
     """Build fused AdamW over the trainable parameters.
+
+    Args:
+        parameters: Name → parameter, float32 (with torch's also float64).
+        settings: Rates, betas, decay.
+        module_of_parameter: Name → module; InternVL's by default.
+        adam: Whose kernel.
 
     Raises:
         ValueError: Every parameter is frozen.
@@ -60,7 +75,42 @@ def build_optimizer(
     groups = parameter_groups(parameters, settings, modules)
     if not groups:
         raise ValueError("every parameter is frozen: nothing is left to train; shorten [model] freeze")
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+    if adam == "torch":
+        return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+    package = load("apex.optimizers" if adam == "apex" else "transformer_engine.pytorch.optimizers")
+    built: torch.optim.Optimizer = package.FusedAdam(
+        groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, adam_w_mode=True
+    )
+    built.register_step_pre_hook(_tell_steps)
+    built.register_step_post_hook(_count_steps)
+    return built
+
+
+def _tell_steps(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+    """Tell groups the number of steps behind them: these optimizers count by group, checkpoints by parameter.
+
+    Raises:
+        RuntimeError: Parameters of a group have been trained for different numbers of steps.
+    """
+    for group in optimizer.param_groups:
+        states = [optimizer.state[parameter] for parameter in group["params"] if parameter.grad is not None]
+        counted = [state["step"] for state in states if "step" in state]
+        ages = torch.stack(counted).tolist() if counted else [0.0]
+        if min(ages) != max(ages):
+            raise RuntimeError(
+                f"parameters of group {group.get('name')!r} are {min(ages):.0f} to {max(ages):.0f} steps old, and this "
+                'fused Adam counts once for all of a group: choose [kernels] adam = "torch"'
+            )
+        group["step"] = int(ages[0])
+
+
+def _count_steps(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+    """Count the step just taken where checkpoints look for it."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                state = optimizer.state[parameter]
+                state.setdefault("step", torch.zeros((), dtype=torch.float32, device=parameter.device)).add_(1)
 
 
 def lr_factor(step: int, total_steps: int, settings: OptimSettings) -> float:

@@ -1,10 +1,10 @@
 """How the engine runs, apart from the layout: precision, recomputation, pipeline schedule, what is frozen."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from evovlm.engine.recompute import Recompute
-from evovlm.engine.settings import Precision
+from evovlm.engine.settings import KernelSettings, Precision
 from evovlm.engine.vision import Activations
 from evovlm.parallel.layout import ParallelPlan
 from evovlm.parallel.pipeline import Schedule
@@ -25,6 +25,7 @@ class EngineOptions:
             keep them in steps whose busiest encoder stays within ``encoder_memory``.
         encoder_memory: GiB of activations of the encoder that a rank may keep in ``auto``.
         min_unit: Blocks of fewer parameters are gathered with their module (see ``shard_module``).
+        kernels: Which kernels compute.
     """
 
     precision: Precision = "float32"
@@ -36,6 +37,7 @@ class EngineOptions:
     encoder_activations: Activations = "auto"
     encoder_memory: float = 8.0
     min_unit: int = 0
+    kernels: KernelSettings = field(default_factory=KernelSettings)
 
     def check(self, plan: ParallelPlan) -> None:
         """Refuse what does not go together.
@@ -62,4 +64,10 @@ class EngineOptions:
             raise ValueError(
                 "the zero-bubble schedule runs each backward in two halves, and recomputation would run twice: "
                 'set recompute of the LLM to "none", or use 1f1b'
+            )
+        if self.kernels.compile == "block" or self.kernels.linear == "te":
+            key = 'compile = "block"' if self.kernels.compile == "block" else 'linear = "te"'
+            raise ValueError(
+                f"[kernels] {key}: the zero-bubble schedule runs each backward in two halves, and these layers have it "
+                "in one: use 1f1b, or the default of that key"
             )

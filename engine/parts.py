@@ -1,6 +1,6 @@
 """A model in the parts that one rank holds: ViT, projector, and its pipeline stages of the LLM, each sharded.
 
-    make_model() on meta ─► tensor parallel ─► recompute ─► fully_shard ─► allocate
+    make_model() on meta ─► kernels ─► tensor parallel ─► recompute ─► fully_shard ─► allocate
       vision_model ─────────────────────────────────────────────────────► Part("vit")
       mlp1 ─────────────────────────────────────────────────────────────► Part("projector")
       language_model ─ cut to the layers of a stage ────────────────────► Part("llm"), one for each stage held here
@@ -14,7 +14,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from evovlm.csrc.backends import find_backends
+from evovlm.engine.kernel_choice import choose_kernels
+from evovlm.engine.kernels import Kernels
 from evovlm.engine.recompute import Recompute, apply_recompute
+from evovlm.engine.settings import KernelSettings
 from evovlm.models.sharding import ModelTables
 from evovlm.parallel.layout import ParallelPlan
 from evovlm.parallel.mesh import ModuleMesh, build_meshes
@@ -77,6 +81,7 @@ class Parts:
         stages: This rank's pipeline stages of the LLM.
         shapes: Every parameter of the whole model, also those of other stages: name → shape.
         tables: How the model is sharded.
+        kernels: What it computes with.
     """
 
     model: nn.Module
@@ -84,6 +89,7 @@ class Parts:
     stages: list[Part]
     shapes: dict[str, torch.Size]
     tables: ModelTables
+    kernels: Kernels = field(default_factory=Kernels)
 
     def __iter__(self) -> Iterator[Part]:
         yield from self.encoder.values()
@@ -119,6 +125,7 @@ def build_parts(
     freeze: Sequence[str],
     min_unit: int,
     virtual_stages: int,
+    kernels: KernelSettings | None = None,
 ) -> Parts:
     """Build what a rank holds of a model, sharded and allocated, its weights not yet filled. Collective.
 
@@ -133,13 +140,18 @@ def build_parts(
         freeze: Modules that are not trained.
         min_unit: Blocks of fewer parameters are gathered with their module.
         virtual_stages: Pipeline stages of each rank.
+        kernels: Which kernels compute; the defaults by default.
 
     Raises:
-        ValueError: A frozen module does not exist; there are more stages than layers.
+        ValueError: A frozen module does not exist; there are more stages than layers; the machine or the plan does not
+            allow the kernels asked for.
     """
     for module in freeze:
         if module not in tables.roots:
             raise ValueError(f"[model] freeze: there is no module {module!r}; there are: {', '.join(tables.roots)}")
+    chosen = choose_kernels(
+        kernels or KernelSettings(), find_backends(world.device), plan, dtype=compute or master, recompute=recompute
+    )
     meshes = build_meshes(plan, world.rank, world.device.type)
 
     def fresh() -> nn.Module:
@@ -149,12 +161,14 @@ def build_parts(
     def prepare(model: nn.Module, module: str, ties: list[tuple[str, ...]]) -> nn.Module:
         root = model.get_submodule(tables.roots[module])
         root.requires_grad_(module not in freeze)
-        mesh = meshes[module]
+        mesh, blocks = meshes[module], tables.blocks.get(module)
+        chosen.replace_layers(root, module, blocks)
         if mesh.tensor is not None:
             shard_tensors(root, _present(root, tables.tensor.get(module, {})), mesh.tensor)
-        blocks = tables.blocks.get(module)
+        chosen.wrap_blocks(root, module, blocks)
         if blocks is not None:
             apply_recompute(root, blocks, recompute.get(module, "none"))
+        chosen.wrap_module(root, module)
         shard_module(root, blocks, mesh, compute_dtype=compute, min_unit=min_unit)
         root.to_empty(device=world.device)
         _tie(root, ties)
@@ -196,7 +210,7 @@ def build_parts(
             ties = []
         root = prepare(owner, "llm", ties)
         stages.append(Part("llm", dotted, root, meshes["llm"], number, num_stages, copies, shared))
-    return Parts(model, encoder, stages, shapes, tables)
+    return Parts(model, encoder, stages, shapes, tables, chosen)
 
 
 def _check_tables(model: nn.Module, tables: ModelTables) -> None:

@@ -50,7 +50,7 @@ class RunData:
             balance_steps=settings.data.balance_steps,
             long_samples=settings.data.long_samples,
         )
-        self.cost_model = _cost_model(settings, source, self.index)
+        self.cost_model = _cost_model(settings, source)
         costs = self.cost_model.integers(settings.data.pack_tokens, settings.data.pack_tiles)
         self.mixture = MixtureSettings(
             weights=settings.data.weights,
@@ -158,8 +158,8 @@ def _open_checked(path: object, source: ModelSource) -> Index:
     return index
 
 
-def _cost_model(settings: RunSettings, source: ModelSource, index: Index) -> CostModel:
-    """What steps cost: measured, or counted from the model's shape and the share of rows that have a target."""
+def _cost_model(settings: RunSettings, source: ModelSource) -> CostModel:
+    """What steps cost: measured, or counted from the model's shape."""
     if settings.parallel.cost_model is not None:
         return CostModel.load(settings.parallel.cost_model)
     return run_costs(settings, source.config)

@@ -217,6 +217,37 @@ class RecomputeSettings(Settings):
     llm: Recompute = "none"
 
 
+class FP8Skip(Settings):
+    """What keeps to 16 bits under FP8, besides what always does: embeddings, norms, attention and the output head."""
+
+    modules: tuple[Module, ...] = ("vit", "projector")
+    """Modules none of whose linear layers compute in FP8."""
+    first: int = Field(0, ge=0)
+    """First blocks of each module that keep to 16 bits."""
+    last: int = Field(0, ge=0)
+    """Last blocks of each module that keep to 16 bits."""
+
+
+class KernelSettings(Settings):
+    """Which kernels compute; ``evovlm doctor`` lists what a machine has. A choice that it lacks is an error."""
+
+    attention: Literal["auto", "flash_attn", "torch"] = "auto"
+    """On CUDA: flash-attn's kernels, torch's built-in ones, or the fastest that is there."""
+    linear: Literal["torch", "te"] = "torch"
+    """Linear layers of blocks and projector: torch's, or transformer-engine's, which FP8 needs."""
+    fp8: Literal["none", "delayed", "current", "block", "mxfp8"] = "none"
+    """FP8 recipe of transformer-engine: delayed, current or block scaling; mxfp8 from sm_100 on."""
+    fp8_skip: FP8Skip = FP8Skip()
+    norm: Literal["auto", "evovlm", "torch", "te", "apex"] = "auto"
+    """RMSNorm and LayerNorm; evovlm has the former alone, the latter is then torch's."""
+    adam: Literal["torch", "te", "apex"] = "torch"
+    """Fused AdamW of torch, transformer-engine or apex; all keep the same state."""
+    compile: Literal["none", "block"] = "none"
+    """torch.compile: one graph for all blocks of the ViT, one for all of the LLM."""
+    cuda_graphs: bool = False
+    """Replay the LLM's compiled blocks as CUDA graphs, where their weights stay in place."""
+
+
 class CheckpointSettings(Settings):
     """When to save, and how much to keep."""
 
@@ -255,6 +286,7 @@ class RunSettings(Settings):
     precision: Precision = "float32"
     parallel: ParallelSettings = ParallelSettings()
     recompute: RecomputeSettings = RecomputeSettings()
+    kernels: KernelSettings = KernelSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     log: LogSettings = LogSettings()
     validate_every: int = Field(0, ge=0)

@@ -115,6 +115,7 @@ def build_engine(settings: RunSettings, source: ModelSource, world: World) -> En
             encoder_activations=chosen.encoder_activations,
             encoder_memory=chosen.encoder_memory,
             min_unit=chosen.min_unit,
+            kernels=settings.kernels,
         ),
     )
 

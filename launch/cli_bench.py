@@ -1,7 +1,7 @@
 """The commands under ``evovlm bench``: each measures one part side by side with its alternatives."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -86,3 +86,46 @@ def bench_loader(
     from evovlm.launch import bench_loader
 
     bench_loader.run(json_file, images, workers, index_samples, repetitions)
+
+
+@bench_app.command("train")
+def bench_train(
+    json_file: JsonFile = None,
+    text_only: Annotated[
+        bool, typer.Option("--text-only", help="Compare our own step with images and without, instead.")
+    ] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of different samples.")] = 2,
+    repetitions: Annotated[int, typer.Option(min=1, help="How often each step is timed in each way.")] = 2,
+    zero: Annotated[int, typer.Option(min=1, max=3, help="ZeRO level of ours.")] = 1,
+    batch: Annotated[int, typer.Option(min=2, help="Samples of a padded batch of a baseline.")] = 4,
+    baseline: Annotated[
+        list[str] | None, typer.Option(help="Baseline to train, such as ddp-one-eager; repeatable. Default: all.")
+    ] = None,
+) -> None:
+    """A training step beside transformers under DDP and FSDP2, on 2 ranks (minutes)."""
+    from evovlm.launch import bench_train
+
+    settings = bench_train.Settings(
+        steps=steps,
+        repetitions=repetitions,
+        zero=cast(Any, zero),
+        batch=batch,
+        baselines=None if baseline is None else tuple(baseline),
+    )
+    bench_train.run(json_file, settings, text_only=text_only)
+
+
+@bench_app.command("ops")
+def bench_ops(
+    json_file: JsonFile = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="Operators whose names begin so; repeatable. Default: all.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; by default as many as there are cores.")] = None,
+    repetitions: Annotated[int, typer.Option(min=1, help="How often each way has its turn, at most.")] = 15,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the compositions, too.")] = True,
+) -> None:
+    """Each operator beside PyTorch's operators, compiled ones, and what the machine can do."""
+    from evovlm.launch import bench_ops
+
+    bench_ops.run(json_file, only or (), threads, repetitions, compiled=compiled)

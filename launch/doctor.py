@@ -6,6 +6,7 @@ anything on import (transformer-engine without its core: RuntimeError), or take 
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -21,6 +22,7 @@ from evovlm.launch.ranks import num_cores
 
 State = Literal["ok", "absent", "broken"]
 IMPORT_SECONDS = 60
+CUDA_EXTRA = "pip install --no-build-isolation 'evovlm[cuda]'"
 
 
 @dataclass(frozen=True)
@@ -73,24 +75,24 @@ REQUIRED = (
 OPTIONAL = (
     Package(("scikit-learn",), "import sklearn.datasets", "quickstart data", "pip install 'evovlm[quickstart]'"),
     Package(("scikit-image",), "import skimage.data", "quickstart data", "pip install 'evovlm[quickstart]'"),
-    Package(("flash-attn",), "import flash_attn", "attention on CUDA", "pip install --no-build-isolation flash-attn"),
+    Package(("flash-attn",), "import flash_attn", "attention on CUDA", CUDA_EXTRA),
     Package(
         ("transformer-engine",),
         "import transformer_engine.pytorch",
-        "FP8 and fused norms on CUDA",
-        "pip install --no-build-isolation 'transformer-engine[pytorch,core-cu13]'",
+        "FP8, fused norms and Adam on CUDA",
+        CUDA_EXTRA,
     ),
     Package(
         ("apex",),
         "from apex.optimizers import FusedAdam",
-        "fused Adam on CUDA",
+        "fused norms and Adam on CUDA",
         "build NVIDIA's apex from source (PyPI's package of that name is another one)",
     ),
     Package(
         ("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
         "import nvidia.dali",
         "image decoding on the GPU",
-        "pip install nvidia-dali-cuda130",
+        CUDA_EXTRA,
     ),
 )
 
@@ -107,7 +109,9 @@ def findings() -> Iterator[Finding]:
         devices = pool.submit(_torch_devices)
         yield from pool.map(check_package, REQUIRED)
         yield devices.result()
+        kernels = pool.submit(check_kernels)
         yield from pool.map(check_package, OPTIONAL)
+        yield from kernels.result()
 
 
 def report() -> int:
@@ -117,7 +121,8 @@ def report() -> int:
 
     console = Console(soft_wrap=True)
     signs = {"ok": "[green]ok    [/]", "absent": "[dim]absent[/]", "broken": "[red]BROKEN[/]"}
-    needed = {"evovlm", "Python", "evovlm.csrc._plan", *(package.distributions[0] for package in REQUIRED)}
+    own = {"evovlm", "Python", "evovlm.csrc._plan", "evovlm.csrc._ops", "kernels"}
+    needed = own | {package.distributions[0] for package in REQUIRED}
     failed = False
     for finding in findings():
         console.print(f"{signs[finding.state]} {escape(finding.name):<20} {escape(finding.detail)}", highlight=False)
@@ -137,6 +142,24 @@ def check_package(package: Package) -> Finding:
     if trouble is not None:
         return Finding(name, "broken", f"{version} is installed but does not work ({package.purpose}): {trouble}")
     return Finding(name, "ok", f"{version} ({package.purpose})")
+
+
+def check_kernels() -> list[Finding]:
+    """Ask, in a process of its own, which kernels a run here would use, and whether evovlm's own are there."""
+    command = [sys.executable, "-m", "evovlm.launch.doctor_kernels"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return [Finding("kernels", "broken", f"looking for them takes more than {IMPORT_SECONDS} s")]
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:300]
+        return [Finding("kernels", "broken", f"they cannot be looked for: {reason}")]
+    found = json.loads(done.stdout.splitlines()[-1])
+    own = found["own"] or f"tensor operators, with kernels for {found['device']}"
+    return [
+        Finding("evovlm.csrc._ops", "broken" if found["own"] else "ok", own),
+        *(Finding(name, "ok", detail) for name, detail in found["lines"]),
+    ]
 
 
 def _try(statements: str) -> str | None:

@@ -9,10 +9,10 @@ Segments of a pack never see each other. *How* queries meet keys is not the deco
 from collections.abc import Callable
 from typing import Protocol
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
-from evovlm.csrc.ops import packed_attention, rotary_frequencies, rotary_qk_, scatter_rows, scatter_rows_
+from evovlm.csrc.ops import packed_attention, rotary_frequencies, rotary_qk_, scatter_rows, scatter_rows_, swiglu
 from evovlm.models.config import DecoderConfig
 from evovlm.models.vit import RMSNorm
 
@@ -38,11 +38,11 @@ class PackedAttend:
     def __init__(self, cu_seqlens: Tensor) -> None:
         if cu_seqlens.device.type != "cpu":
             raise ValueError("cu_seqlens must stay on the host: reading it from a device would stall every layer")
-        self.borders: list[int] = cu_seqlens.tolist()
+        self.cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG002 - the protocol's name
         """Attend; see :func:`evovlm.csrc.ops.packed_attention`."""
-        return packed_attention(q, k, v, self.borders)
+        return packed_attention(q, k, v, self.cu_seqlens)
 
 
 class DecoderAttention(nn.Module):
@@ -80,7 +80,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to ``[T, H]``."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
         return out
 
 

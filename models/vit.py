@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evovlm.csrc.ops import rms_norm
+from evovlm.csrc.ops import add_scaled, packed_attention, rms_norm
 from evovlm.csrc.random_torch import uniform_tensor
 from evovlm.models.config import VisionConfig
 
@@ -79,12 +79,13 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend within each tile: ``[N, P, C]`` to ``[N, P, C]``."""
-        q, k, v = self.qkv(x).unflatten(-1, (-1, 3, self.head_dim)).unbind(-2)
+        num_tiles, num_rows = x.shape[:2]
+        q, k, v = self.qkv(x).flatten(0, 1).unflatten(-1, (-1, 3, self.head_dim)).unbind(-2)
         q, k = self.q_norm(q.flatten(-2)), self.k_norm(k.flatten(-2))
         q, k = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k))
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v)
-        projected: Tensor = self.proj(out.transpose(1, 2).flatten(2))
+        tiles = torch.arange(0, (num_tiles + 1) * num_rows, num_rows, dtype=torch.int32, device="cpu")
+        out = packed_attention(q, k, v, tiles, causal=False)
+        projected: Tensor = self.proj(out.view(num_tiles, num_rows, out.shape[1] * out.shape[2]))
         return projected
 
 
@@ -116,18 +117,17 @@ class VisionLayer(nn.Module):
         self.mlp = VisionMLP(config)
         self.ls2 = nn.Parameter(torch.full((config.hidden_size,), config.layer_scale_init))
 
-    def _drop_path(self, branch: Tensor, tile_keys: Tensor | None, which: int) -> Tensor:
-        """Zero the branch of some tiles and scale up the rest; the choice is a hash of (tile key, layer, branch)."""
+    def _drop_path(self, tile_keys: Tensor | None, which: int, dtype: torch.dtype) -> Tensor | None:
+        """Factors ``[N]`` that zero the branch of some tiles and scale up the rest: a hash of (tile, layer, branch)."""
         if not self.training or self.drop_path_rate == 0.0 or tile_keys is None:
-            return branch
+            return None
         keep = uniform_tensor(tile_keys, 2 * self.layer + which) >= self.drop_path_rate
-        scale = keep.to(branch.dtype) / (1.0 - self.drop_path_rate)
-        return branch * scale[:, None, None]
+        return keep.to(dtype) / (1.0 - self.drop_path_rate)
 
     def forward(self, x: Tensor, tile_keys: Tensor | None = None) -> Tensor:
         """Transform ``[N, 1 + P, C]``; ``tile_keys`` (int64 ``[N]``) seed drop path while training."""
-        x = x + self._drop_path(self.attn(self.norm1(x)) * self.ls1, tile_keys, 0)
-        return x + self._drop_path(self.mlp(self.norm2(x)) * self.ls2, tile_keys, 1)
+        x = add_scaled(x, self.attn(self.norm1(x)), self.ls1, self._drop_path(tile_keys, 0, x.dtype))
+        return add_scaled(x, self.mlp(self.norm2(x)), self.ls2, self._drop_path(tile_keys, 1, x.dtype))
 
 
 class VisionEncoder(nn.Module):

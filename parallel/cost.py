@@ -239,8 +239,8 @@ class CostModel(_Record):
 
         They are multiplied by the largest power of two at which the dearest pack (one segment of ``max_tokens``, all of
         them targets), the projector on as many visual tokens, and the ViT on ``max_tiles`` each cost less than 2⁴⁶,
-        rounded, and divided by what they have in common. Rational arithmetic alone: the saved coefficients decide, not the platform's
-        rounding. What a ViT or projector spends on every call alike is left out: no plan can change it.
+        rounded, and divided by what they have in common. Rational arithmetic alone: the saved coefficients decide, not
+        the platform's rounding. What a ViT or projector spends on every call alike is left out: no plan can change it.
 
         Args:
             max_tokens: Rows of the longest pack, such as the recipe's ``pack_tokens``: a smaller bound rounds less.
@@ -255,9 +255,8 @@ class CostModel(_Record):
                 "tokens and tiles"
             )
         llm, vit, projector = self.llm, self.vit, self.projector
-        floats = (llm.per_token, llm.per_square, llm.per_target, llm.per_pack)
-        floats += (vit.per_tile, projector.per_visual_token)
-        exact = [Fraction(coefficient) for coefficient in floats]
+        of_llm = (llm.per_token, llm.per_square, llm.per_target, llm.per_pack)
+        exact = [Fraction(coefficient) for coefficient in (*of_llm, vit.per_tile, projector.per_visual_token)]
         ratio = PLAN_LIMIT / _dearest(exact, max_tokens, max_tiles)
         scale = Fraction(2) ** (ratio.numerator.bit_length() - ratio.denominator.bit_length() + 1)
         while _dearest(scaled := [_round(x * scale) for x in exact], max_tokens, max_tiles) >= PLAN_LIMIT:

@@ -6,6 +6,7 @@ from types import ModuleType
 
 import hypothesis
 import pytest
+import torch
 
 # The default deadline of 200 ms per example fails on busy machines; no test is about time.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -18,6 +19,14 @@ TINY_TEXTS = (
     "naïve café 世界 你好 \N{GRINNING FACE}! It's what they've said: we'll see, don't we?\n\n",
 )
 """What the small tokenizer of the tests has learned its merges from."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu are skipped where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
 
 
 @pytest.fixture(scope="session")

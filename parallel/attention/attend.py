@@ -55,7 +55,9 @@ class ShardedAttend:
         for axis, size, index in (("cp", shards.cp, place.cp), ("hp", shards.hp, place.hp)):
             if size > 1:
                 _check_group(groups, axis, size, index)
-        self._borders, self._shards, self._groups = list(borders), shards, groups
+        # A tensor: whatever attends reads it as it is, and keeps what it makes of it for the next layer.
+        self._borders = torch.tensor(borders, dtype=torch.int32)
+        self._shards, self._groups = shards, groups
         self._ring: Ring | None = None
         sources = [place.cp]
         if shards.cp > 1:

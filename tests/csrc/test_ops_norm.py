@@ -1,7 +1,6 @@
 """The fused RMS norm against its reference: forward, backward, dtypes, threads, and the CUDA kernels run on the CPU."""
 
 import ctypes
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +10,9 @@ from torch import Tensor
 
 from evovlm.csrc.ops import rms_norm, rms_norm_reference
 
-from .kernel_support import HERE, compile_for_cuda, compile_for_host
+from .kernel_support import DTYPES, compile_for_host
 
 ANY_TIME = settings(deadline=None, max_examples=60, derandomize=True)
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Of the largest number: what a unit in the last place, or a few of them where sums differ, come to.
 TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 WIDTHS = st.sampled_from([1, 2, 3, 7, 8, 9, 31, 64, 65, 100, 128, 896])
@@ -172,7 +170,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return compile_for_host((HERE / "rows_shim.cpp").read_text(), tmp_path_factory.mktemp("norm"))
+    return compile_for_host("host_norm.cpp", tmp_path_factory.mktemp("norm"))
 
 
 @ANY_TIME
@@ -198,7 +196,3 @@ def test_cuda_kernels(kernels: ctypes.CDLL, case: Case, block: int, shared: bool
     kernels.norm_backward(kind, wide, shared, *at(grad, x, weight, rstd, dx, parts, dweight), *long(rows, block, width))
     for ours, (expected, size) in zip((y, dx, dweight), exact(x, weight, grad, eps), strict=True):
         assert_near(ours, expected, dtype, size)
-
-
-def test_cuda_source_compiles(tmp_path: Path) -> None:
-    compile_for_cuda("ops_norm.cu", tmp_path)

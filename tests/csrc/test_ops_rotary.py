@@ -2,7 +2,6 @@
 
 import ctypes
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from evovlm.csrc.ops import rotary, rotary_frequencies, rotary_qk, rotary_qk_, rotary_reference
 
-from .kernel_support import compile_for_cuda, compile_for_host
+from .kernel_support import DTYPES, compile_for_host
 
 ANY_TIME = settings(deadline=None)
 SEEDS = st.integers(0, 2**31)
@@ -284,43 +283,9 @@ def test_compiled_without_breaks() -> None:
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-12)
 
 
-HOST = """
-#include "host_shim.h"
-#include "rotary.cuh"
-
-template <typename T, typename P>
-int run(const void* const* x, void* const* y, const int64_t* shape, const void* positions, const void* inv_freq) {
-  const int64_t tokens = shape[0], half = shape[1];
-  evovlm::RotaryPart<T> parts[2];
-  for (int i = 0; i < 2; ++i) {
-    const int64_t* s = shape + 3 + 5 * i;
-    parts[i] = {static_cast<const T*>(x[i]), static_cast<T*>(y[i]), s[0], s[1], s[2], s[3], s[4]};
-  }
-  constexpr int wide = 16 / sizeof(T);
-  const bool aligned = evovlm::rotary_aligned(parts[0], half, wide) && evovlm::rotary_aligned(parts[1], half, wide);
-  const auto* p = static_cast<const P*>(positions);
-  const auto* f = static_cast<const P*>(inv_freq);
-  host_launch(3, 8, [&] {
-    if (aligned) evovlm::rotary_kernel<T, P, wide>(parts[0], parts[1], p, f, tokens, int(half), shape[2] != 0);
-    else evovlm::rotary_kernel<T, P, 1>(parts[0], parts[1], p, f, tokens, int(half), shape[2] != 0);
-  });
-  return aligned;
-}
-
-extern "C" int rotate(int type, bool exact, const void* const* x, void* const* y, const int64_t* shape, const void* p,
-                      const void* f) {
-  if (type == 0) return exact ? run<double, double>(x, y, shape, p, f) : run<double, float>(x, y, shape, p, f);
-  if (type == 1) return exact ? run<float, double>(x, y, shape, p, f) : run<float, float>(x, y, shape, p, f);
-  if (type == 2) return exact ? run<__nv_bfloat16, double>(x, y, shape, p, f)
-                              : run<__nv_bfloat16, float>(x, y, shape, p, f);
-  return exact ? run<__half, double>(x, y, shape, p, f) : run<__half, float>(x, y, shape, p, f);
-}
-"""
-
-
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return compile_for_host(HOST, tmp_path_factory.mktemp("rotary"))
+    return compile_for_host("host_rotary.cpp", tmp_path_factory.mktemp("rotary"))
 
 
 def addresses(*tensors: Tensor) -> Any:
@@ -334,7 +299,7 @@ def addresses(*tensors: Tensor) -> Any:
     st.integers(1, 6),
     st.integers(0, 5),
     st.sampled_from([1, 2, 3, 4, 8, 12, 16, 24]),
-    st.sampled_from(list(TOLERANCES)),
+    st.sampled_from(DTYPES),
     st.booleans(),
     st.booleans(),
     st.sampled_from([0, 1, 8]),
@@ -364,7 +329,7 @@ def test_cuda_kernel(
     for x, y in zip((q, k), outputs, strict=True):
         shape += [x.shape[1], x.stride(0), x.stride(1), y.stride(0), y.stride(1)]
     aligned = host.rotate(
-        list(TOLERANCES).index(dtype),
+        DTYPES.index(dtype),
         ctypes.c_bool(exact),
         addresses(q, k),
         addresses(*outputs),
@@ -380,7 +345,3 @@ def test_cuda_kernel(
     scale = float(fused.abs().max()) if num_tokens else 1.0
     for ours, theirs in zip(outputs, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCES[dtype] * scale)
-
-
-def test_cuda_source_compiles(tmp_path: Path) -> None:
-    compile_for_cuda("ops_rotary.cu", tmp_path)

@@ -2,7 +2,6 @@
 
 import ctypes
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +11,9 @@ from torch import Tensor
 
 from evovlm.csrc.ops import drop_rows, gather_rows, scatter_rows, scatter_rows_, sum_rows
 
-from .kernel_support import HERE, compile_for_cuda, compile_for_host
+from .kernel_support import DTYPES, compile_for_host
 
 ANY_TIME = settings(deadline=None, max_examples=60, derandomize=True)
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WIDTHS = st.sampled_from([1, 2, 3, 4, 5, 8, 17, 64, 100, 896])
 
 
@@ -182,7 +180,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return compile_for_host((HERE / "rows_shim.cpp").read_text(), tmp_path_factory.mktemp("rows"))
+    return compile_for_host("host_rows.cpp", tmp_path_factory.mktemp("rows"))
 
 
 def at(x: Tensor | None) -> ctypes.c_void_p:
@@ -267,7 +265,3 @@ def test_cuda_kernels_stop_at_wrong_numbers(kernels: ctypes.CDLL) -> None:
 def test_units_are_as_wide_as_the_alignment(kernels: ctypes.CDLL) -> None:
     found = [kernels.unit_of(ctypes.c_size_t(n)) for n in (0, 16, 48, 8, 24, 4, 12, 2, 6, 1, 7, 16 | 2)]
     assert found == [16, 16, 16, 8, 8, 4, 4, 2, 2, 1, 1, 2]
-
-
-def test_cuda_source_compiles(tmp_path: Path) -> None:
-    compile_for_cuda("ops_rows.cu", tmp_path)

@@ -2,7 +2,6 @@
 
 import ctypes
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from torch import Tensor
 from evovlm.csrc.ops import v2pe_positions
 from evovlm.models.v2pe import DELTAS, segment_positions
 
-from .kernel_support import compile_for_cuda, compile_for_host
+from .kernel_support import compile_for_host
 
 ANY_DELTA = st.one_of(st.sampled_from(DELTAS), st.floats(0, 1, exclude_min=True))
 Segment = tuple[int, list[tuple[int, int]], list[float]]
@@ -122,23 +121,9 @@ def test_registration() -> None:
     assert torch.equal(compiled(*arguments), v2pe_positions(*arguments) * 2)
 
 
-HOST = """
-#include "host_shim.h"
-#include "v2pe.cuh"
-
-extern "C" void positions(const int32_t* borders, int64_t segments, const int64_t* runs, const double* deltas,
-                          int64_t num_runs, double* anchors, float* out, int64_t tokens) {
-  host_launch(2, 3, [&] { evovlm::v2pe_anchors_kernel(borders, segments, runs, deltas, num_runs, anchors); });
-  host_launch(3, 5, [&] {
-    evovlm::v2pe_positions_kernel(borders, segments, runs, deltas, num_runs, anchors, out, tokens);
-  });
-}
-"""
-
-
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return compile_for_host(HOST, tmp_path_factory.mktemp("v2pe"))
+    return compile_for_host("host_v2pe.cpp", tmp_path_factory.mktemp("v2pe"))
 
 
 def run_on_host(host: ctypes.CDLL, borders: Tensor, runs: Tensor, deltas: Tensor, num_tokens: int) -> list[float]:
@@ -172,7 +157,3 @@ def test_a_wrong_run_gives_no_numbers_on_cuda(host: ctypes.CDLL, start: int, del
     assert got[:start].tolist() == list(range(start))
     assert got[start:12].isnan().all()
     assert got[12:].tolist() == list(range(8))
-
-
-def test_cuda_source_compiles(tmp_path: Path) -> None:
-    compile_for_cuda("ops_v2pe.cu", tmp_path)

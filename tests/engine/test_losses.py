@@ -156,6 +156,87 @@ def test_logits_of_all_rows_never_exist_together() -> None:
     assert chunked.rows == 8
 
 
+class Products(TorchDispatchMode):
+    """Counts products of matrices."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("wants_hidden", "wants_head"), [(True, True), (True, False), (False, True), (False, False)])
+def test_logits_are_computed_once_and_only_wanted_gradients_with_them(wants_hidden: bool, wants_head: bool) -> None:
+    hidden, head, labels, weights = case(4, 9, 1.0)
+    targets = Targets.of(labels, weights, CPU)
+    leaves = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
+    whole = torch.autograd.grad(weighted_cross_entropy(*leaves, targets), leaves)
+    hidden.requires_grad_(wants_hidden)
+    head.requires_grad_(wants_head)
+    with Products() as products:
+        loss = weighted_cross_entropy(hidden, head, targets, chunk_rows=3)
+        if wants_hidden or wants_head:
+            loss.backward()
+    assert products.count == 3 * (1 + wants_hidden + wants_head)
+    for leaf, wanted, expected in zip((hidden, head), (wants_hidden, wants_head), whole, strict=True):
+        assert (leaf.grad is not None) == wanted
+        if wanted:
+            torch.testing.assert_close(leaf.grad, expected, rtol=1e-12, atol=1e-12)
+    with Products() as products, torch.no_grad():  # evaluation
+        torch.testing.assert_close(weighted_cross_entropy(hidden, head, targets, chunk_rows=3), loss.detach())
+    assert products.count == 3
+
+
+def test_only_the_gradients_are_held_until_backward() -> None:
+    hidden, head, labels, weights = case(5, 40, 1.0)
+    hidden.requires_grad_()
+    head.requires_grad_()
+    held: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        held.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        weighted_cross_entropy(hidden, head, Targets.of(labels, weights, CPU), chunk_rows=8)
+    floats = [tuple(x.shape) for x in held if x.is_floating_point()]
+    assert sorted(floats) == [(V, H), (40, H)]
+
+
+def test_backward_in_two_halves_and_never_twice() -> None:
+    results = []
+    for halves in (True, False):
+        hidden, head, labels, weights = case(6, 9, 1.0)
+        hidden.requires_grad_()
+        head.requires_grad_()
+        loss = weighted_cross_entropy(hidden * 2, head, Targets.of(labels, weights, CPU)) * 3
+        if halves:  # as zero-bubble schedules do
+            (first,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+            results.append((first, *torch.autograd.grad(loss, head, retain_graph=True)))
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(loss, head)
+        else:
+            results.append(torch.autograd.grad(loss, (hidden, head)))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_narrow_inputs(dtype: torch.dtype) -> None:
+    hidden, head, labels, weights = case(7, 30, 0.8)
+    narrow = [x.to(dtype).requires_grad_() for x in (hidden, head)]
+    wide = [x.detach().double().requires_grad_() for x in narrow]
+    targets = Targets.of(labels, weights, CPU)
+    for leaves in (narrow, wide):
+        (weighted_cross_entropy(*leaves, targets, chunk_rows=7) / 1e3).backward()
+    for ours, exact in zip(narrow, wide, strict=True):
+        assert ours.grad is not None
+        assert exact.grad is not None
+        assert ours.grad.dtype == dtype
+        assert float((ours.grad.double() - exact.grad).abs().max()) < 0.02 * float(exact.grad.abs().max())
+
+
 def split_and_whole(world: World, seed: int) -> None:
     """Compare one drawn case, split over all ranks, with the formula: loss, gradients of hidden states and head."""
     generator = torch.Generator().manual_seed(seed)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from evovlm.engine.optimizer import (
+    Adam,
     build_optimizer,
     clip_factor,
     lr_factor,
@@ -20,6 +21,7 @@ from evovlm.engine.settings import OptimSettings
 from evovlm.models.internvl import InternVL
 from evovlm.models.sharding import module_of
 
+from ..csrc import fake_packages
 from .support import SMALL
 
 SETTINGS = OptimSettings(lr=0.1, lr_scale={"vit": 0.5}, weight_decay=0.05, betas=(0.8, 0.9), eps=1e-6)
@@ -124,3 +126,52 @@ def test_clipping() -> None:
     scale_gradients(gradients, 0.5)
     assert [g.tolist() for g in gradients] == [[0.5, 0.5], [2.0]]
     scale_gradients([], 0.5)
+
+
+@pytest.mark.parametrize("adam", ["te", "apex"])
+def test_other_fused_adams_step_alike_and_continue_each_other(monkeypatch: pytest.MonkeyPatch, adam: Adam) -> None:
+    fake_packages.install(monkeypatch, "transformer_engine", "apex")
+
+    def fresh() -> dict[str, nn.Parameter]:
+        generator = torch.Generator().manual_seed(0)
+        return {
+            name: nn.Parameter(torch.randn(5, 3, generator=generator, dtype=torch.float64))
+            for name in ("language_model.lm_head.weight", "mlp1.1.weight")
+        }
+
+    def take(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            set_lr(optimizer, 1 / (1 + step))
+            for p in parameters.values():
+                p.grad = (p.detach() - step).sin()
+            optimizer.step()
+
+    whole = fresh()
+    take(whole, build_optimizer(whole, SETTINGS), range(6))
+    kinds: tuple[Adam, ...] = ("torch", adam, "torch")
+    parameters, moments = fresh(), dict[str, dict[str, torch.Tensor]]()
+    for number, kind in enumerate(kinds):
+        optimizer = build_optimizer(parameters, SETTINGS, adam=kind)
+        for name, p in parameters.items():  # as a checkpoint is loaded
+            if name in moments:
+                optimizer.state[p] = {key: value.clone() for key, value in moments[name].items()}
+        take(parameters, optimizer, range(2 * number, 2 * number + 2))
+        moments = {name: dict(optimizer.state[p]) for name, p in parameters.items()}
+        assert {key for state in moments.values() for key in state} == {"step", "exp_avg", "exp_avg_sq"}
+        assert {float(state["step"]) for state in moments.values()} == {2.0 * number + 2}
+    for name, p in parameters.items():
+        torch.testing.assert_close(p, whole[name], rtol=1e-12, atol=1e-12)
+
+
+def test_a_group_of_different_ages_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_packages.install(monkeypatch, "apex")
+    parameters = {f"mlp1.{i}.weight": nn.Parameter(torch.ones(2, 2)) for i in (1, 3)}
+    optimizer = build_optimizer(parameters, SETTINGS, adam="apex")
+    for p in parameters.values():
+        p.grad = torch.ones(2, 2)
+    optimizer.step()
+    parameters["mlp1.3.weight"].grad = None
+    optimizer.step()
+    parameters["mlp1.3.weight"].grad = torch.ones(2, 2)
+    with pytest.raises(RuntimeError, match=r"'projector/decay' are 1 to 2 steps old.*adam = \"torch\""):
+        optimizer.step()

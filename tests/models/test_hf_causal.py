@@ -61,7 +61,7 @@ def test_pack_equals_transformers_segment_by_segment(
     theirs = dict(lm.named_parameters())
     for name, parameter in decoder.named_parameters():
         expected = theirs[name].grad
-        torch.testing.assert_close(parameter.grad, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+        torch.testing.assert_close(parameter.grad, expected, rtol=0, atol=1e-5 * float(expected.abs().max()) + 1e-12)
     assert theirs.keys() == dict(decoder.named_parameters()).keys()
 
 

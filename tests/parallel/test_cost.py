@@ -24,7 +24,9 @@ from evovlm.parallel.cost import (
 )
 
 COEFFICIENT = st.floats(0, 1e16, allow_subnormal=False)
-SHAPE_8B = CostModel.from_shape(per_tile=1.8e12, per_visual_token=8.3e7, per_token=4.3e10, per_square=602_112, per_target=3.2e9)
+SHAPE_8B = CostModel.from_shape(
+    per_tile=1.8e12, per_visual_token=8.3e7, per_token=4.3e10, per_square=602_112, per_target=3.2e9
+)
 
 
 @st.composite

@@ -20,9 +20,7 @@ from evovlm.parallel.sequence import SequenceShards
 from evovlm.parallel.world import World
 
 HEAD_DIM = 8
-KEEP_BLOCKS = partial(
-    create_selective_checkpoint_contexts, [torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default]
-)
+KEEP_BLOCKS = partial(create_selective_checkpoint_contexts, [torch.ops.evovlm.attention.default])
 """Recompute all but the blocks of attention."""
 
 
@@ -64,8 +62,8 @@ class CountCollectives(TorchDispatchMode):
             self.calls[name] += 1
             self.order.append(name)
             self.bytes[name] += tensor.numel() * tensor.element_size()
-        elif "flash_attention" in func._opname:
-            self.order.append("attention_backward" if "backward" in func._opname else "attention")
+        elif func.namespace == "evovlm" and func._opname in ("attention", "attention_backward"):
+            self.order.append(func._opname)
         return func(*args, **(kwargs or {}))
 
 
