@@ -4,7 +4,7 @@
 //   dP = V · dOᵀ                     dS = P ∘ (dP − delta), delta = dO · O of each lane
 //   dV += P · dO                     dK += dS · Q                     dQᵀ += Kᵀ · dS
 //
-//   for each block of keys (second-level cache): for each panel of lanes: for each few keys (first-level cache): all five
+//   for each block of keys (second-level cache): for each panel of lanes: for some keys (first-level cache): all five
 //
 // The sums of one task run in a fixed order over queries and keys. Where a segment is split, each part has a dQ of its
 // own, and the caller adds them up in order.
@@ -152,7 +152,7 @@ EVOVLM_INLINE void backward_panel(const Problem<typename M::S>& p, const Segment
   }
 }
 
-// dk and dv of keys from … to − 1 of the segment, and what these keys add to dQ: rows of `dq` from (dq_row, dq_head) on.
+// dk and dv of keys from … to − 1 of the segment, and what they add to dQ: rows of `dq` from (dq_row, dq_head) on.
 template <class M>
 EVOVLM_INLINE void backward_keys(const Problem<typename M::S>& p, const Segment& s, int64_t head, int64_t from,
                                  int64_t to, const Rows& dq, int64_t dq_row, int64_t dq_head,

@@ -1,7 +1,7 @@
 // Attention forward for some panels of one (segment, KV head): the softmax goes along with the products.
 //
-//   for each block of keys:   scores [keys, lanes] = K · Qᵀ          lanes are queries, so that maxima, exponentials and
-//                             top, total: the running softmax        sums of the softmax are plain vector operations
+//   for each block of keys:   scores [keys, lanes] = K · Qᵀ         lanes are queries, so that maxima, exponentials
+//                             top, total: the running softmax       and sums are plain vector operations
 //                             O ᵀ = O ᵀ · 2^(old top − top) + Vᵀ · 2^(scores − top)
 //   out = Oᵀᵀ / total         lse = ln 2 · (top + log2 total)
 //
@@ -28,7 +28,8 @@ template <class M> struct ForwardMemory {
   EVOVLM_INLINE ForwardMemory(Scratch& scratch, int64_t padded, int64_t most_keys) {
     room = std::max<int64_t>((most_keys + M::R - 1) / M::R * M::R * padded, kPackedBytes / sizeof(S));
     const int64_t lanes = M::W * padded;
-    scratch.reserve(2 * Scratch::bytes<S>(room) + 3 * Scratch::bytes<S>(lanes) + Scratch::bytes<S>(kForwardKeys * M::W));
+    scratch.reserve(2 * Scratch::bytes<S>(room) + 3 * Scratch::bytes<S>(lanes) +
+                    Scratch::bytes<S>(kForwardKeys * M::W));
     k = scratch.take<S>(room), v = scratch.take<S>(room);
     queries = scratch.take<S>(lanes), result = scratch.take<S>(lanes), rows = scratch.take<S>(lanes);
     scores = scratch.take<S>(kForwardKeys * M::W);
@@ -38,7 +39,8 @@ template <class M> struct ForwardMemory {
 // One phase of a block: scores, and their largest.
 template <class M, int C>
 EVOVLM_INLINE void score_phase(const Panel<M>& panel, const Phase& phase, const typename M::S* keys,
-                               const typename M::S* queries, typename M::V* top, typename M::S* scores, int64_t width, int64_t padded) {
+                               const typename M::S* queries, typename M::V* top,
+                               typename M::S* scores, int64_t width, int64_t padded) {
   using S = typename M::S;
   const int64_t skip = phase.first * M::L;
   for (int64_t key = phase.from; key < phase.to; key += M::R) {
@@ -187,8 +189,8 @@ EVOVLM_INLINE void forward_panel(const Problem<typename M::S>& p, const Segment&
   }
 }
 
-// Panels begin … end − 1 of heads head … last_head − 1. Keys and values of as many heads as fit are packed together: one
-// head's rows lie far apart.
+// Panels begin … end − 1 of heads head … last_head − 1. Keys and values of as many heads as fit are packed together:
+// one head's rows lie far apart.
 template <class M>
 EVOVLM_INLINE void forward_panels(const Problem<typename M::S>& p, const Segment& s, int64_t segment, int64_t head,
                                   int64_t last_head, int64_t begin, int64_t end, ForwardMemory<M>& memory) {

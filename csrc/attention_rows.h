@@ -1,4 +1,4 @@
-// Rows of queries, keys, values and gradients: read strided in any dtype, computed on contiguous and wide, written back.
+// Rows of queries, keys, values and gradients: read strided in any dtype, made contiguous and wide, written back.
 //
 //   [n, A, D] float32 | float64 | bfloat16 | float16  ─ read_row ─►  S [Dp], zeros behind D  ─ write_row ─►  [n, A, D]
 //
@@ -38,7 +38,8 @@ template <class T> __attribute__((noinline)) void narrow(const float* from, void
 }
 
 // Rows lie far apart, where the hardware does not look ahead.
-template <class M, bool write> EVOVLM_INLINE void prefetch_row(const Rows& rows, int64_t row, int64_t head, int64_t width) {
+template <class M, bool write>
+EVOVLM_INLINE void prefetch_row(const Rows& rows, int64_t row, int64_t head, int64_t width) {
   const int64_t size = rows.kind == Kind::kDouble ? 8 : rows.kind == Kind::kFloat ? 4 : 2;
   const char* at = static_cast<const char*>(rows.data) + rows.at(row, head) * size;
   for (int64_t byte = 0; byte < width * size; byte += 64) __builtin_prefetch(at + byte, write);

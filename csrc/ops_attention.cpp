@@ -139,8 +139,9 @@ std::vector<Segment> read_segments(const Tensor& cu_q, const Tensor& cu_k, int64
   const int64_t count = cu_q.numel() - 1;
   const auto* q = static_cast<const int32_t*>(cu_q.const_data_ptr());
   const auto* k = static_cast<const int32_t*>(cu_k.const_data_ptr());
-  STD_TORCH_CHECK(q[0] == 0 && k[0] == 0 && q[count] == n && k[count] == m, "attention: borders must lead from 0 to ", n,
-                  " queries and ", m, " keys, but go from ", q[0], " to ", q[count], " and from ", k[0], " to ", k[count]);
+  STD_TORCH_CHECK(q[0] == 0 && k[0] == 0 && q[count] == n && k[count] == m,
+                  "attention: borders must lead from 0 to ", n, " queries and ", m, " keys, but go from ", q[0],
+                  " to ", q[count], " and from ", k[0], " to ", k[count]);
   std::vector<Segment> segments(count);
   for (int64_t i = 0; i < count; ++i) {
     segments[i] = {q[i], q[i + 1] - q[i], k[i], k[i + 1] - k[i]};

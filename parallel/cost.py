@@ -146,7 +146,7 @@ class LLMCost(_Record):
 
     per_token: Coefficient
     per_square: Coefficient
-    per_target: Coefficient = 0.0
+    per_target: Coefficient
     per_pack: Coefficient = 0.0
 
     @model_validator(mode="after")

@@ -37,7 +37,8 @@ void attend_backward(Problem<typename M::S> p, Segment s, int64_t kv_heads) {
     Rows* rows[] = {&p.q, &p.k, &p.v, &p.out, &p.grad, &p.dq, &p.dk, &p.dv};                                         \
     for (int i = 0; i < 8; ++i) {                                                                                    \
       const bool keys = i == 1 || i == 2 || i >= 6;                                                                  \
-      *rows[i] = {tensors[i], (keys ? kv_heads : heads) * width, width, sizeof(S) == 4 ? Kind::kFloat : Kind::kDouble}; \
+      const Kind kind = sizeof(S) == 4 ? Kind::kFloat : Kind::kDouble;                                               \
+      *rows[i] = {tensors[i], (keys ? kv_heads : heads) * width, width, kind};                                       \
     }                                                                                                                \
     p.lse = lse, p.lse_stride = n, p.group = heads / kv_heads, p.width = width, p.causal = causal;                   \
     p.scale = 1 / std::sqrt(static_cast<S>(width));                                                                  \

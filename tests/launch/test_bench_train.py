@@ -198,7 +198,7 @@ def test_other_losses_are_an_error() -> None:
 
 
 def test_numbers_are_summed_up_as_described(data: tuple[Index, Tokenizer]) -> None:
-    plan = planner(data[0], TASK).plan_step(0, DataLayout(2, 1))
+    plan = planner(data[0], TASK).plan_step(0, DataLayout(2, 2))
     failed = Timed(losses=[1.0], failure="not done")
     rounds = [
         {"ours": _timed([2.0, 3.0, 4.0], peak=2**29), "a": _timed([4.0, 3.0, 5.0])},
@@ -220,7 +220,7 @@ def test_numbers_are_summed_up_as_described(data: tuple[Index, Tokenizer]) -> No
 
 
 def test_products_are_those_of_the_model(data: tuple[Index, Tokenizer]) -> None:
-    plan = planner(data[0], TASK).plan_step(0, DataLayout(2, 1))
+    plan = planner(data[0], TASK).plan_step(0, DataLayout(2, 2))
     gemms = model_gemms(SMALL, plan, 1)
     flops = bench_train.Work.of(data, TASK, Settings(ranks=1, steps=1)).flops[0]
     heads = SMALL.decoder.num_heads * SMALL.decoder.head_dim
@@ -257,7 +257,7 @@ def test_worlds_take_turns_and_tell_of_memory(data: tuple[Index, Tokenizer]) -> 
                 assert [turn.loss for turn in (*small, *large)] == [2.0**20] * 2 + [2.0**26] * 2
                 for before, after in zip(small, large, strict=True):
                     assert after.peak_bytes - before.peak_bytes == pytest.approx(63 * 2**20, rel=0.1)
-        plan = planner(data[0], TASK).plan_step(0, DataLayout(2, 1))
+        plan = planner(data[0], TASK).plan_step(0, DataLayout(2, 2))
         rates = worlds[0].call(partial(gemm_rate, model=SMALL, plan=plan))
         assert len(rates) == 2
         assert all(rate.rate > 0 for rate in rates)
@@ -276,7 +276,7 @@ def test_a_slow_world_is_ended_and_reported(data: tuple[Index, Tokenizer]) -> No
     world = ForkedWorld("slow", 2, _Counter)
     with pytest.raises(WorldTimeoutError, match="slow: not done after 1 s"):
         world.step(8, timeout=1.0)
-    plans: list[StepPlan] = [planner(data[0], TASK).plan_step(0, DataLayout(2, 1))]
+    plans: list[StepPlan] = [planner(data[0], TASK).plan_step(0, DataLayout(2, 2))]
     work = bench_train.Work(plans, [Flops(1.0, 1.0, 1.0)])
     settings = Settings(steps=1, repetitions=1)
     timed, _ = bench_train._take_turns({"fast": _Counter, "slow": _Slow}, TASK, settings, work, range(1), 2.0)

@@ -163,8 +163,9 @@ def test_errors_name_the_file_and_the_key(tmp_path: Path) -> None:
         CostModel.load(saved(file, llm={"per_token": "fast", "per_square": -1, "per_hour": 3}))
     assert "'llm.per_token' = 'fast': should be a valid number" in str(caught.value)
     assert "'llm.per_hour' is not a key of a cost model" in str(caught.value)
+    assert "'llm.per_target' is missing" in str(caught.value)  # a file from before heads were balanced
     with pytest.raises(ValueError, match=r"'llm': per_token and per_square are both 0"):
-        CostModel.load(saved(file, llm={"per_token": 0.0, "per_square": 0.0}))
+        CostModel.load(saved(file, llm={"per_token": 0.0, "per_square": 0.0, "per_target": 1.0}))
     with pytest.raises(ValueError, match="costs of source 'shape' are in 'flops', not in 'ns'"):
         CostModel.load(saved(file, unit="ns"))
 
