@@ -34,9 +34,7 @@ def test_parts_add_up_to_the_count_of_a_pack(config: InternVLConfig) -> None:
     st.integers(0, 20),
     st.sampled_from([(), ("vit",), ("llm",), ("vit", "llm"), ("vit", "projector")]),
 )
-def test_costs_of_a_pack_are_those_of_training(
-    lengths: list[int], tiles: int, freeze: tuple[str, ...]
-) -> None:
+def test_costs_of_a_pack_are_those_of_training(lengths: list[int], tiles: int, freeze: tuple[str, ...]) -> None:
     rows, squares = sum(lengths), sum(length**2 for length in lengths)
     targets = rows // 2
     costs = shape_costs(CONFIG, freeze=freeze)
