@@ -204,6 +204,7 @@ _DISTRIBUTIONS = {
     "flash_attn_interface": "flash-attn-3",
     "transformer_engine": "transformer-engine",
 }
+"""Module → distribution, where their names differ."""
 
 
 def _is_there(module: str) -> bool:
@@ -222,13 +223,8 @@ def _has(module: ModuleType, path: str) -> bool:
 
 def _version(module: str) -> str:
     """Version of the distribution that a module comes from, or "" where it comes from none."""
-    names = {
-        "flash_attn": "flash-attn",
-        "flash_attn_interface": "flash-attn-3",
-        "transformer_engine": "transformer-engine",
-    }
     try:
-        return importlib.metadata.version(names.get(module, module))
+        return importlib.metadata.version(_DISTRIBUTIONS.get(module, module))
     except importlib.metadata.PackageNotFoundError:
         return ""
 
