@@ -213,7 +213,7 @@ def _cpu() -> Finding:
 
 def _extension(module: str, purpose: str) -> Finding:
     if importlib.util.find_spec(module) is None:
-        return Finding(module, "broken", f"not built ({purpose}): run pip install again, it needs a C++17 compiler")
+        return Finding(module, "broken", f"not built ({purpose}): run pip install again, it needs a C++20 compiler")
     trouble = _try(f"import {module}")
     return Finding(module, "broken" if trouble else "ok", trouble or purpose)
 
