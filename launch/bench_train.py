@@ -7,8 +7,8 @@
     losses equal to 1e-4, or an error ◄───────────────────────────────────────────────┘
 
 Every way has forked ranks of its own, of one thread each, that take turns (``bench_train_worlds``). It trains really:
-the weights change from step to step, so equal losses show equal gradients and optimizers, too. First the eager
-baselines take turns with ours, then the compiled ones with ours built anew; a ratio is of times of the same turns.
+the weights change from step to step, so equal losses show equal gradients and optimizers, too. Each baseline takes
+turns with ours, built anew, the eager ones first; a ratio is of times of the same turns.
 
 MFU is model FLOPs (:mod:`evovlm.engine.flops`) over what the ranks' matrix products reach at the model's own shapes,
 measured in the same run while all ranks compute (``bench_train_gemm``).
@@ -64,21 +64,20 @@ class Settings:
     compile_limit: float = 180.0
 
     def ways(self) -> list[list[Way]]:
-        """The baselines: those that take turns with each other together, the eager ones first.
+        """The baselines, eager ones first, in rounds that take turns with ours: one in each, for want of memory.
 
         Raises:
             ValueError: There is no baseline of such a name.
         """
         every = [
-            [Way(wrap, batch, compiled) for wrap in WRAPS for batch in (1, self.batch)] for compiled in (False, True)
+            Way(wrap, batch, compiled) for compiled in (False, True) for wrap in WRAPS for batch in (1, self.batch)
         ]
-        names = [way.name for ways in every for way in ways]
+        names = [way.name for way in every]
         wanted = names if self.baselines is None else self.baselines
         unknown = set(wanted) - set(names)
         if unknown:
             raise ValueError(f"bench train: no baseline {sorted(unknown)[0]!r}; there are: {', '.join(names)}")
-        chosen = [[way for way in ways if way.name in wanted] for ways in every]
-        return [ways for ways in chosen if ways] or [[]]
+        return [[way] for way in every if way.name in wanted] or [[]]
 
 
 @dataclass(frozen=True)

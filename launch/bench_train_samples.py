@@ -83,7 +83,7 @@ class Task:
 
     model: InternVLConfig = SHRUNK
     num_samples: int = 192
-    pack_tokens: int = 1536
+    pack_tokens: int = 1600
     packs_per_step: int = 4
     shortest: int = 24
     longest: int = 768
