@@ -10,66 +10,17 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <tuple>
 #include <type_traits>
 
-// One source, two machine codes, chosen when the library is loaded.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define EVOVLM_CLONES __attribute__((target_clones("arch=x86-64-v3", "default"), noinline))
-#else
-#define EVOVLM_CLONES
-#endif
-#define EVOVLM_INLINE inline __attribute__((always_inline))
+#include "lanes.h"
 
 namespace {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// Numbers are taken 32 bytes at a time; the compiler maps that to whatever registers there are.
-typedef float Floats __attribute__((vector_size(32)));
-typedef double Doubles __attribute__((vector_size(32)));
-typedef uint32_t Words __attribute__((vector_size(32)));
-typedef int32_t Flags __attribute__((vector_size(32)));
-typedef uint16_t Shorts __attribute__((vector_size(16)));
-
-template <class T> struct Wide { using Scalar = float; using Vector = Floats; };
-template <> struct Wide<double> { using Scalar = double; using Vector = Doubles; };
-template <class T> constexpr int kLanes = std::is_same_v<T, double> ? 4 : 8;
-
-EVOVLM_INLINE void load(Floats& v, const float* from) { memcpy(&v, from, sizeof v); }
-EVOVLM_INLINE void load(Doubles& v, const double* from) { memcpy(&v, from, sizeof v); }
-EVOVLM_INLINE void load(Floats& v, const BFloat16* from) {
-  Shorts bits;
-  memcpy(&bits, from, sizeof bits);
-  v = reinterpret_cast<Floats>(__builtin_convertvector(bits, Words) << 16);
-}
-EVOVLM_INLINE void load(Floats& v, const Half* from) {
-  for (int j = 0; j < 8; ++j) v[j] = from[j];
-}
-EVOVLM_INLINE void store(float* to, const Floats& v) { memcpy(to, &v, sizeof v); }
-EVOVLM_INLINE void store(double* to, const Doubles& v) { memcpy(to, &v, sizeof v); }
-EVOVLM_INLINE void store(BFloat16* to, const Floats& v) {
-  const Words words = reinterpret_cast<Words>(v);
-  const Words rounded = (words + 0x7fff + ((words >> 16) & 1)) >> 16;  // to nearest, ties to even
-  const Words quiet = (words >> 16) | 0x40;
-  const Flags is_nan = v != v;
-  const Shorts bits = __builtin_convertvector(is_nan ? quiet : rounded, Shorts);
-  memcpy(to, &bits, sizeof bits);
-}
-EVOVLM_INLINE void store(Half* to, const Floats& v) {
-  for (int j = 0; j < 8; ++j) to[j] = v[j];
-}
+using namespace evovlm::lanes;
 
 // What the value becomes when it is cast to T and back.
 template <class T, class V> EVOVLM_INLINE void cast(V& v) {
