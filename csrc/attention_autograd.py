@@ -60,7 +60,7 @@ torch.library.register_autograd("evovlm::attention", _backward, setup_context=_s
 torch.library.register_autograd("evovlm::attention_backward", _no_second_derivative)
 
 
-def _pairs(num_queries: int, num_keys: int, cu_q: Tensor | None, cu_k: Tensor | None, causal: bool) -> int:
+def count_pairs(num_queries: int, num_keys: int, cu_q: Tensor | None, cu_k: Tensor | None, causal: bool) -> int:
     """Pairs of a query and a key that it sees; where only shapes are known, as if all were one segment."""
     if isinstance(cu_q, Tensor) and isinstance(cu_k, Tensor) and not isinstance(cu_q, FakeTensor) and not cu_q.is_meta:
         lengths = zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True)
@@ -72,7 +72,7 @@ def _pairs(num_queries: int, num_keys: int, cu_q: Tensor | None, cu_k: Tensor | 
 
 @register_flop_formula(torch.ops.evovlm.attention, get_raw=True)
 def _flops(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool, **_: Any) -> int:  # noqa: ARG001
-    return 4 * _pairs(q.shape[0], k.shape[0], cu_q, cu_k, causal) * q.shape[1] * q.shape[2]
+    return 4 * count_pairs(q.shape[0], k.shape[0], cu_q, cu_k, causal) * q.shape[1] * q.shape[2]
 
 
 @register_flop_formula(torch.ops.evovlm.attention_backward, get_raw=True)
@@ -88,4 +88,4 @@ def _backward_flops(
     causal: bool,
     **_: Any,
 ) -> int:
-    return 10 * _pairs(q.shape[0], k.shape[0], cu_q, cu_k, causal) * q.shape[1] * q.shape[2]
+    return 10 * count_pairs(q.shape[0], k.shape[0], cu_q, cu_k, causal) * q.shape[1] * q.shape[2]

@@ -4,9 +4,9 @@
                                           └─ float32, float64, head sizes that those lack: SDPA, segment by segment
 
 Flash kernels want the borders on the device and the longest segment as a number: :class:`Segments` makes both once,
-for all layers of a microbatch. Attention blocks of a ring (``attention_block`` in :mod:`evovlm.csrc.ops`) stay with
-torch's own flash operators, which take a merged log-sum-exp in their backward as they are; flash-attn's public
-functions do not.
+for all layers of a microbatch. Attention blocks of a ring (``attention_block`` in :mod:`evovlm.csrc.ops`) and attention
+with shared prefixes (:mod:`evovlm.csrc.attention_parts`) stay with torch's own flash operators, which take a merged
+log-sum-exp in their backward as they are; flash-attn's public functions do not.
 """
 
 from collections.abc import Callable, Iterator, Sequence

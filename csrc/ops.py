@@ -9,7 +9,7 @@
                         sum_rows           [n, H], index [n]               ->  [N, H]
     rotary              rotary, rotary_qk  q or k [T, ·, D] + positions [T] -> [T, ·, D]
     positions           v2pe_positions     run table [n, 2] + cu_seqlens   ->  [T]
-    segment attention   packed_attention   q, k, v [T, ·, D] + cu_seqlens  ->  [T, A, D]
+    segment attention   packed_attention   q, k, v [T, ·, D] + cu_seqlens  ->  [T, A, D]     (+ shared prefixes)
     attention block     attention_block    q [n, A, D], k, v [m, K, D]     ->  [n, A, D], log-sum-exp [A, n]
 
 A function here chooses the implementation by device; ``*_reference`` states what it must equal.
@@ -340,13 +340,19 @@ def v2pe_positions(cu_seqlens: Tensor, runs: Tensor, deltas: Tensor, num_tokens:
 
 
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Sequence[int] | Tensor, *, causal: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Sequence[int] | Tensor,
+    *,
+    causal: bool = True,
+    prefixes: Tensor | None = None,
 ) -> Tensor:
-    """Attention inside each segment of a pack; no ``[T, T]`` mask is made.
+    """Attention inside each segment of a pack, and of some queries to a prefix; no ``[T, T]`` mask is made.
 
     On CPU one operator does all segments and heads: scores stay in the cache, work is shared over threads by segment,
-    head and queries, and no result depends on the number of threads. On CUDA the fastest flash kernel there is.
-    Differentiable once.
+    head and queries, and no result depends on the number of threads. On CUDA the fastest flash kernel there is; with
+    prefixes torch's own. Differentiable once.
 
     Args:
         q: ``[T, A, D]``: float32, float64, bfloat16 or float16 (16-bit is computed in float32, rounded once).
@@ -354,13 +360,22 @@ def packed_attention(
         v: ``[T, K, D]``.
         cu_seqlens: Segment borders on the host: S + 1 rising integers from 0 to T; an int32 tensor is used as it is.
         causal: Query i of a segment sees keys 0 … i; otherwise it sees all of its segment.
+        prefixes: int32 ``[n, 4]`` on the host, rows of the pack (query start, query end, key start, key end): these
+            queries see all these keys besides their segment. See :func:`evovlm.csrc.prefixes.list_prefixes`.
 
     Returns:
         ``[T, A, D]``.
 
     Raises:
         RuntimeError: Shapes, dtypes or borders do not fit.
+        ValueError: A prefix leaves the pack, is not wholly before its queries' segment, or shares queries with another.
     """
+    if prefixes is not None and len(prefixes):
+        from evovlm.csrc import attention_prefix  # noqa: F401 - registers the operator
+
+        cu = cu_seqlens if isinstance(cu_seqlens, Tensor) else torch.tensor(cu_seqlens, dtype=torch.int32)
+        shared: Tensor = torch.ops.evovlm.prefix_attention(q, k, v, cu, prefixes, causal)[0]
+        return shared
     if q.is_cuda:
         from evovlm.csrc.attention_cuda import packed_attention_cuda
 
@@ -372,7 +387,13 @@ def packed_attention(
 
 
 def packed_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Sequence[int] | Tensor, *, causal: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Sequence[int] | Tensor,
+    *,
+    causal: bool = True,
+    prefixes: Tensor | None = None,
 ) -> Tensor:
     """State :func:`packed_attention` with one dense mask over the whole pack."""
     borders = torch.as_tensor(cu_seqlens[1:], device=q.device)
@@ -381,6 +402,8 @@ def packed_attention_reference(
     allowed = segment[:, None] == segment[None]
     if causal:
         allowed &= rows[:, None] >= rows[None]
+    for query_start, query_end, key_start, key_end in [] if prefixes is None else prefixes.tolist():
+        allowed[query_start:query_end, key_start:key_end] = True
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     scores = torch.einsum("tad,sad->ats", q, k) * q.shape[-1] ** -0.5
@@ -412,7 +435,7 @@ def attention_block(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tens
     if q.device.type == "cpu":
         out, lse = torch.ops.evovlm.attention(q, k, v, *_block_borders(q, k), causal)
         return out, lse
-    if not _has_cuda_flash(q):
+    if not has_cuda_flash(q):
         return attention_block_reference(q, k, v, causal)
     flash = torch.ops.aten._scaled_dot_product_flash_attention
     out, lse = flash(_heads_first(q), _heads_first(k), _heads_first(v), 0.0, causal)[:2]
@@ -439,7 +462,7 @@ def attention_block_backward(
     if q.device.type == "cpu":
         dq, dk, dv = torch.ops.evovlm.attention_backward(grad, q, k, v, out, lse, *_block_borders(q, k), causal)
         return dq, dk, dv
-    if not _has_cuda_flash(q):
+    if not has_cuda_flash(q):
         return attention_block_backward_reference(grad, q, k, v, out, lse, causal)
     # Without dropout the kernel reads neither the state of the random numbers nor borders of sequences.
     state = torch.empty(2, dtype=torch.uint64, device=q.device)
@@ -484,6 +507,19 @@ def attention_block_backward_reference(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
+def merge_attention_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Add the keys behind ``part`` to those behind ``out``, in place: their average, weighted by the denominators.
+
+    Args:
+        out: ``[n, A, D]``, float32 or float64; overwritten.
+        lse: ``[A, n]``, likewise.
+        part: ``[n, A, D]``, any floating dtype.
+        part_lse: ``[A, n]`` in the dtype of ``lse``.
+    """
+    out.lerp_(part.to(out.dtype), torch.sigmoid(part_lse - lse).T[..., None])
+    torch.logaddexp(lse, part_lse, out=lse)
+
+
 def _dense_block(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Masked scores ``[A, n, m]``, and keys and values with one head for each query head; float32 or wider."""
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -501,7 +537,7 @@ def _block_borders(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     return cu_q, cu_q if k.shape[0] == q.shape[0] else torch.tensor([0, k.shape[0]], dtype=torch.int32)
 
 
-def _has_cuda_flash(q: Tensor) -> bool:
+def has_cuda_flash(q: Tensor) -> bool:
     """Whether CUDA's flash kernels take these queries."""
     return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 

@@ -58,16 +58,47 @@ def parse_sample(raw: bytes | str, dataset: str, line: int) -> Sample:
 
     Raises:
         SampleError: the line cannot be used; reason ``BROKEN_JSON``, ``CONVERSATION``, ``IMAGE_COUNT``,
-            ``MISSING_IMAGE`` (a remote address), ``EMPTY_ANSWER`` or ``NO_TARGETS``.
+            ``MISSING_IMAGE`` (a remote address), ``EMPTY_ANSWER``, ``NO_TARGETS`` or ``OTHER_KIND``.
     """
     name = f"{dataset}/{line}"
+    content = read_object(raw, name)
+    if "conversations" not in content and "chosen" in content:
+        detail = "the line is a preference pair, not a conversation: build an index of pairs with `--kind preference`"
+        raise SampleError(Reason.OTHER_KIND, detail, name)
+    sample = make_sample(content, _turns(name, content.get("conversations")), dataset, line)
+    if all(turn["from"] not in ("gpt", "pretrain") for turn in sample.turns):
+        raise SampleError(Reason.NO_TARGETS, f"none of its {len(sample.turns)} turns is from 'gpt' or 'pretrain'", name)
+    return sample
+
+
+def read_object(raw: bytes | str, name: str) -> dict[str, Any]:
+    """Parse a line of a .jsonl.
+
+    Raises:
+        SampleError: it is no JSON object; reason ``BROKEN_JSON``.
+    """
     try:
         content = json.loads(raw)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise SampleError(Reason.BROKEN_JSON, f"the line is not valid JSON: {error}", name) from None
     if not isinstance(content, dict):
         raise SampleError(Reason.BROKEN_JSON, f"the line is a JSON {type(content).__name__}, not an object", name)
+    return content
 
+
+def make_sample(content: dict[str, Any], turns: Sequence[Turn], dataset: str, line: int) -> Sample:
+    """Put a line's images or video to its turns.
+
+    Args:
+        content: the line.
+        turns: texts of it, checked.
+        dataset: name of its dataset.
+        line: its number, counted from 1.
+
+    Raises:
+        SampleError: bad ``image``, ``video`` or ``clip``, or placeholders that do not match them.
+    """
+    name = f"{dataset}/{line}"
     images = _images(name, content.get("image"))
     video = content.get("video") or None
     if video is not None and not isinstance(video, str):
@@ -77,20 +108,16 @@ def parse_sample(raw: bytes | str, dataset: str, line: int) -> Sample:
         detail = f"has both 'video' and 'image' ({len(images)}): keep one of them"
         raise SampleError(Reason.CONVERSATION, detail, name)
     for path in (*images, *([video] if video else [])):
-        _check_text(name, path, "a path")
+        check_text(name, path, "a path")
         if "://" in path:
             detail = f"'{path}' is a remote address, only file systems are read: mount or copy it"
             raise SampleError(Reason.MISSING_IMAGE, detail, name)
-
-    turns = _turns(name, content.get("conversations"))
     if video is not None:
         place_frames(turns, 1, name=name)  # only to check them: the number of frames is not known here
     else:
         turns = place_images(turns, len(images), name=name)
         if any(VIDEO_PLACEHOLDER in turn["value"] for turn in turns if turn["from"] == "human"):
             raise SampleError(Reason.IMAGE_COUNT, f"a {VIDEO_PLACEHOLDER} placeholder but no 'video'", name)
-    if all(turn["from"] not in ("gpt", "pretrain") for turn in turns):
-        raise SampleError(Reason.NO_TARGETS, f"none of its {len(turns)} turns is from 'gpt' or 'pretrain'", name)
     sample_id = content.get("id")
     return Sample(
         dataset=dataset,
@@ -127,14 +154,15 @@ def _turns(name: str, conversations: Any) -> list[dict[str, str]]:
         if not all(isinstance(text, str) for text in texts):
             detail = f"turn {number} must be an object with the texts 'from' and 'value'"
             raise SampleError(Reason.CONVERSATION, detail, name)
-        _check_text(name, turn["value"], f"turn {number}")
+        check_text(name, turn["value"], f"turn {number}")
         if turn["from"] in ("gpt", "pretrain") and not turn["value"].strip():
             detail = f"the text of turn {number} (from '{turn['from']}') is empty: there is nothing to learn"
             raise SampleError(Reason.EMPTY_ANSWER, detail, name)
     return conversations
 
 
-def _check_text(name: str, text: str, what: str) -> None:
+def check_text(name: str, text: str, what: str) -> None:
+    """Raise ``SampleError`` if a text cannot be written as UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer or file system takes

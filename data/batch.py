@@ -8,10 +8,11 @@
 
     visual rows  ▲ ▲ ▲ ◄── visual tokens of image 0, from whoever encodes it (``step_batch.py``)
 
+A preference pair is a sample that ``cu_seqlens`` cuts in three (``branches.py``).
 Nothing here depends on ranks: random numbers are keyed by (seed, sample, visit, image).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -21,11 +22,14 @@ from torch import Tensor
 
 from evovlm.csrc import random
 from evovlm.csrc.ops import v2pe_positions
+from evovlm.data.branches import Pairs, Span, borders, no_prefixes, pair_targets, prefixes, restart
 from evovlm.data.index import Index
 from evovlm.data.packs import Pack
 from evovlm.data.sample import IGNORE, expand_sample, read_part
 from evovlm.data.step_plan import LossWeighting, loss_weights
 from evovlm.models.v2pe import DELTAS
+
+__all__ = ["BatchSettings", "MicroBatch", "Pairs", "V2PESettings", "build_microbatch", "run_deltas"]
 
 
 class V2PESettings(BaseModel):
@@ -73,10 +77,15 @@ class MicroBatch:
     Attributes:
         tokens: int64 [T], ``<IMG_CONTEXT>`` at visual rows, ``<|endoftext|>`` as padding.
         labels: int64 [T], already shifted: the target of each row, -100 where there is none.
-        weights: float32 [T], loss weight of each row's target, 0 where there is none.
+        weights: float32 [T], loss weight of each row's target, 0 where there is none. 1 in pairs: their losses are of
+            whole answers.
         positions: float32 [T], restarting in every segment. Never cast them down: fractions would be lost.
-        cu_seqlens: int32 [S + 1], segment borders from 0 to T; padding is one last segment. Stays on the CPU.
+        cu_seqlens: int32 [S + 1], segment borders from 0 to T; padding is one last segment, a pair three. Stays on the
+            CPU.
         visual_rows: int64 [n · tokens per tile], rows of T that visual tokens fill, tile by tile.
+        prefixes: int32 [n, 4], (query start, query end, key start, key end): these rows see all of these keys, besides
+            what they see of their own segment. Ascending, never overlapping. Stays on the CPU.
+        pairs: the preference pairs; None in a pack of another index. Stays on the CPU, too.
     """
 
     tokens: Tensor
@@ -85,15 +94,18 @@ class MicroBatch:
     positions: Tensor
     cu_seqlens: Tensor
     visual_rows: Tensor
+    prefixes: Tensor = field(default_factory=no_prefixes, kw_only=True)
+    pairs: Pairs | None = field(default=None, kw_only=True)
 
 
-def build_microbatch(index: Index, pack: Pack, settings: BatchSettings) -> MicroBatch:
+def build_microbatch(index: Index, pack: Pack, settings: BatchSettings, *, first_segment: int = 0) -> MicroBatch:
     """Make the tensors of a pack.
 
     Args:
         index: the index that the pack was planned from.
         pack: the samples.
         settings: see ``BatchSettings``.
+        first_segment: segments of the step before this pack, for ``Pairs.numbers``.
 
     Raises:
         ValueError: a sample is not what its row in the index says.
@@ -102,14 +114,15 @@ def build_microbatch(index: Index, pack: Pack, settings: BatchSettings) -> Micro
     tokens = np.full(T, settings.padding, np.int64)
     labels = np.full(T, IGNORE, np.int64)
     weights = np.zeros(T, np.float64)
-    borders = [0]
+    ends = [0]
     runs: list[tuple[int, int]] = []  # first row in the pack and length
     deltas: list[float] = []
     rows = [np.empty(0, np.int64)]
+    spans: list[Span] = []
     columns = (pack.samples, pack.visits, pack.begins, pack.lengths)
     for sample, visit, first, length in zip(*(column.tolist() for column in columns), strict=True):
         whole = length == index.samples["num_tokens"][sample]
-        begin, end = borders[-1], borders[-1] + length
+        begin, end = ends[-1], ends[-1] + length
         if end > T:
             raise ValueError(f"sample '{index.name(sample)}' ends at token {end} of a pack of {T}")
         if whole:
@@ -124,22 +137,29 @@ def build_microbatch(index: Index, pack: Pack, settings: BatchSettings) -> Micro
             raise ValueError(
                 f"sample '{index.name(sample)}' has {count} targets, but the index says {planned}: rebuild the index"
             )
-        weights[begin:end] = np.where(supervised, loss_weights(count, settings.loss_weighting), 0.0)
+        weight = loss_weights(count, settings.loss_weighting) if expanded.branches is None else 1.0
+        weights[begin:end] = np.where(supervised, weight, 0.0)
         deltas += run_deltas(settings.v2pe, settings.seed, sample, visit, len(expanded.runs))
         runs += [(begin + start, count) for start, count in expanded.runs]
         rows += [np.arange(begin + start, begin + start + count) for start, count in expanded.runs]
-        borders.append(end)
-    if borders[-1] < T:
-        borders.append(T)
-    cu_seqlens = torch.tensor(borders, dtype=torch.int32)
+        if expanded.branches is not None:
+            chosen, rejected = expanded.branches
+            spans.append(Span(begin, begin + chosen, begin + rejected, end))
+        ends.append(end)
     run_table = torch.tensor(runs, dtype=torch.int64).view(-1, 2)
+    strides = torch.tensor(deltas, dtype=torch.float64)
+    positions = v2pe_positions(borders(ends, (), T), run_table, strides, T)
+    restart(positions, spans)
+    of_pairs = index.meta.kind == "preference"
     return MicroBatch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
         weights=torch.from_numpy(weights.astype(np.float32)),
-        positions=v2pe_positions(cu_seqlens, run_table, torch.tensor(deltas, dtype=torch.float64), T),
-        cu_seqlens=cu_seqlens,
+        positions=positions,
+        cu_seqlens=borders(ends, spans, T),
         visual_rows=torch.from_numpy(np.concatenate(rows)),
+        prefixes=prefixes(spans),
+        pairs=pair_targets(spans, pack.samples, first_segment, labels != IGNORE) if of_pairs else None,
     )
 
 

@@ -80,11 +80,12 @@ def build_index(settings: IndexSettings, progress: Progress | None = None) -> In
     sources = [TokenSource(path="tokens.bin", dtype="int32", num_bytes=0, own=True)]
     datasets: list[DatasetInfo] = []
     skipped: Counter[str] = Counter()
+    first_skips: dict[str, str] = {}  # of each reason
     warnings = list(meta_file.warnings)
     plans = [_plan(dataset, settings, tokenizer.vocab_size, sources) for dataset in meta_file.datasets]
     num_lines = sum(plan.num_lines for plan in plans)
 
-    with IndexWriter(settings.out) as writer, ExitStack() as stack:
+    with IndexWriter(settings.out, settings.kind) as writer, ExitStack() as stack:
         pool = _pool(settings, sum(len(plan.tasks) for plan in plans), stack)
         done = 0
         for number, plan in enumerate(plans):
@@ -96,6 +97,7 @@ def build_index(settings: IndexSettings, progress: Progress | None = None) -> In
                     _raise_if_fatal(settings, plan.dataset, skip)
                     reasons[skip.reason] += 1
                     examples.setdefault(skip.reason, skip)
+                    first_skips.setdefault(skip.reason, f"{plan.dataset.name}/{skip.line}: {skip.detail}")
                 writer.append(chunk, dataset=number, dataset_name=plan.dataset.name, source=plan.source)
                 totals.add(chunk)
                 done += chunk.num_lines
@@ -108,10 +110,12 @@ def build_index(settings: IndexSettings, progress: Progress | None = None) -> In
             skipped += reasons
             datasets.append(_info(settings, plan, first, totals))
         if not writer.num_samples:
-            raise MetaError(f"meta JSON '{settings.meta}': no usable sample; skipped by reason: {dict(skipped)}")
+            shown = "".join(f"; {first_skips[reason]}" for reason, _ in skipped.most_common(3))
+            raise MetaError(f"meta JSON '{settings.meta}': no usable sample; skipped by reason: {dict(skipped)}{shown}")
         sources[0] = sources[0].model_copy(update={"num_bytes": 4 * writer.num_tokens})
         meta = IndexMeta(
             format_version=FORMAT_VERSION,
+            kind=settings.kind,
             tokenizer_fingerprint=tokenizer.fingerprint,
             vocab_size=tokenizer.vocab_size,
             tile_size=settings.tile_size,
@@ -159,6 +163,11 @@ def _plan(dataset: DatasetMeta, settings: IndexSettings, vocab_size: int, source
         raise MetaError(
             f"dataset '{dataset.name}': max_dynamic_patch = {dataset.max_tiles} is above {MAX_GRID_TILES}, the most "
             "tiles of an image that an index can hold: lower it"
+        )
+    if dataset.format == "megatron" and settings.kind == "preference":
+        raise MetaError(
+            f"dataset '{dataset.name}' is a corpus of documents, which are no preference pairs: leave it out, or "
+            "build its index without `--kind preference`"
         )
     if dataset.format == "megatron":
         tasks, num_lines, cut_to, source = plan_corpus(dataset, settings, vocab_size)

@@ -15,6 +15,10 @@ class Reason(StrEnum):
     NO_TARGETS = "no supervised tokens"
     TOO_LONG = "too long"
     EMPTY_DOCUMENT = "empty document"
+    OTHER_KIND = "other kind of line"
+    MISSING_KEYS = "missing keys"
+    EMPTY_SIDE = "empty chosen or rejected"
+    SAME_ANSWERS = "chosen = rejected"
 
 
 class MetaError(ValueError):

@@ -43,6 +43,7 @@ from evovlm.data.index_format import (
     IndexMismatchError,
     TokenSource,
     read_meta,
+    sample_files,
 )
 
 __all__ = [
@@ -82,7 +83,8 @@ class Index:
     Attributes:
         path: the index folder.
         meta: ``index.json``.
-        samples: a row per sample, with the fields of ``SAMPLE`` as mapped, read-only columns.
+        samples: a row per sample, with the fields of ``SAMPLE`` as mapped, read-only columns; in an index of
+            preference pairs with those of ``BRANCHES``, too.
         images: a row per image, with the fields of ``IMAGE``; those of a sample lie together, in order of appearance.
         datasets: one entry per dataset, each a contiguous range of samples.
     """
@@ -91,7 +93,7 @@ class Index:
         self.path = path
         self.meta = meta
         self.datasets: tuple[DatasetInfo, ...] = meta.datasets
-        self.samples = map_table(path / SAMPLES_FOLDER, SAMPLE_FILES, meta.num_samples)
+        self.samples = map_table(path / SAMPLES_FOLDER, sample_files(meta.kind), meta.num_samples)
         self.images = map_table(path / IMAGES_FOLDER, IMAGE_FILES, meta.num_images)
         check_size(path / PATHS_FILE, meta.path_bytes)
         self._sample_details = FileReader(path / SAMPLES_FOLDER / f"{DETAILS}.bin")

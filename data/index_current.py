@@ -48,6 +48,8 @@ def _source_file(path: Path) -> SourceFile:
 def settings_hash(settings: IndexSettings) -> str:
     """Hash what decides an index's content: not where it goes, nor how many processes build it."""
     content = settings.model_dump(mode="json", exclude={"out", "num_workers", "strict", "max_skipped"})
+    if settings.kind == "conversations":  # all that there was once: indexes of then stay current
+        del content["kind"]
     content |= {"meta": str(settings.meta.absolute()), "tokenizer": str(settings.tokenizer.absolute())}
     text = json.dumps({"format": FORMAT_VERSION, **content}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

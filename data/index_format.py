@@ -1,6 +1,7 @@
 """The files of an index: row types, which fields lie in which file, and ``index.json`` as typed models.
 
 samples/  num_tokens, num_tiles, …   a file for each column that planning looks at
+          branches.bin               of preference pairs only: where the two answers begin (``preference.py``)
           details.bin                the other fields, row by row: read for the samples that a rank trains on
               └── token_source, token_offset, num_stored ──► ``IndexMeta.sources``: tokens.bin, or the .bin of a corpus
 images/   num_tiles.bin, details.bin ──path_offset──► paths.bin
@@ -25,6 +26,9 @@ SKIPPED_FILE = "skipped.jsonl"
 REBUILD = "rebuild it with `evovlm index`"
 MAX_GRID_TILES = 254  # with the thumbnail an image's tiles fit in a byte
 
+Kind = Literal["conversations", "preference"]
+"""What the lines of a .jsonl are: conversations, or pairs of a preferred and a rejected answer to a question."""
+
 # Rows in memory, while an index is built.
 SAMPLE = np.dtype(
     [
@@ -38,6 +42,13 @@ SAMPLE = np.dtype(
         ("num_tiles", "<i4"),
         ("num_images", "<i4"),
         ("first_image", "<i8"),  # row of Index.images
+    ]
+)
+BRANCHES = np.dtype(
+    [
+        ("chosen_at", "<i4"),  # expanded position of the row that predicts the first token of the chosen answer alone
+        ("rejected_at", "<i4"),  # likewise of the rejected answer
+        ("num_chosen", "<i4"),  # targets of the chosen answer, those shared with the rejected one included
     ]
 )
 IMAGE = np.dtype(
@@ -79,6 +90,16 @@ IMAGE_FILES: dict[str, np.dtype[Any]] = {
         ]
     ),
 }
+
+
+def sample_dtype(kind: Kind) -> np.dtype[Any]:
+    """Rows of samples in memory: ``SAMPLE``, for pairs with the fields of ``BRANCHES``."""
+    return np.dtype([*SAMPLE.descr, *BRANCHES.descr]) if kind == "preference" else SAMPLE
+
+
+def sample_files(kind: Kind) -> dict[str, np.dtype[Any]]:
+    """Files of samples/ on disk: ``SAMPLE_FILES``, for pairs ``branches`` too."""
+    return SAMPLE_FILES | {"branches": BRANCHES} if kind == "preference" else SAMPLE_FILES
 
 
 class IndexMismatchError(ValueError):
@@ -184,6 +205,7 @@ class IndexMeta(_Strict):
 
     Attributes:
         format_version: ``FORMAT_VERSION`` of the writer.
+        kind: what a sample is: a conversation (or text), or a preference pair.
         tokenizer_fingerprint: hash of the tokenizer's definition.
         vocab_size: ids of the tokenizer, added tokens included.
         tile_size: pixels per tile side.
@@ -207,6 +229,7 @@ class IndexMeta(_Strict):
     """
 
     format_version: int
+    kind: Kind = "conversations"
     tokenizer_fingerprint: str
     vocab_size: int
     tile_size: int

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from evovlm.data.images import MAX_PIXELS
-from evovlm.data.index_format import MAX_GRID_TILES
+from evovlm.data.index_format import MAX_GRID_TILES, Kind
 from evovlm.data.video import frame_indices
 
 Positive = Annotated[int, Field(ge=1)]
@@ -20,6 +20,7 @@ class IndexSettings(BaseModel):
         meta: InternVL's meta JSON.
         tokenizer: folder with tokenizer.json.
         out: folder that the index gets.
+        kind: what the lines are: "conversations", or "preference": pairs of a chosen and a rejected answer.
         tile_size: pixels per tile side.
         tokens_per_tile: visual tokens that the model makes of a tile (256 for 448 pixels).
         min_tiles: fewest tiles of an image's grid.
@@ -48,6 +49,7 @@ class IndexSettings(BaseModel):
     meta: Path
     tokenizer: Path
     out: Path
+    kind: Kind = "conversations"
     tile_size: Positive = 448
     tokens_per_tile: Positive = 256
     min_tiles: Positive = 1

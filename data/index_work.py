@@ -2,6 +2,7 @@
 
 line ─parse─► Sample ─read sizes, tile─► images ─┐
                  └─render─► collapsed ids ───────┴─► SAMPLE row, IMAGE rows, ids, paths    or a Skip with its reason
+line ─parse─► Pair ─ likewise, both answers rendered, what they share stored once
 
 document of a corpus ─check ids─► SAMPLE rows that point into the corpus' .bin
 """
@@ -22,11 +23,12 @@ from evovlm.data.chat import ChatTokens, Turn, place_frames, render
 from evovlm.data.corpus import check_ids
 from evovlm.data.errors import Reason, SampleError
 from evovlm.data.images import read_size
-from evovlm.data.index_format import IMAGE, SAMPLE
+from evovlm.data.index_format import IMAGE, SAMPLE, Kind, sample_dtype
 from evovlm.data.index_settings import IndexSettings
 from evovlm.data.index_tasks import DocumentTask, LineTask, Task
 from evovlm.data.index_writer import Chunk, Skip
 from evovlm.data.meta import DatasetMeta
+from evovlm.data.preference import Pair, SharedPair, parse_pair, share_prefix, with_answer
 from evovlm.data.tiling import Grid, choose_grid, max_tiles_per_image, num_tiles
 from evovlm.data.tokenizer import Tokenizer
 from evovlm.data.video import open_video, select_frames
@@ -60,16 +62,29 @@ class _Image:
 
 def _lines(task: LineTask) -> Chunk:
     tokenizer = _tokenizer(task.settings.tokenizer)
-    rows = _Rows(task.dataset.root)
+    settings, kind = task.settings, task.settings.kind
+    parse = parse_pair if kind == "preference" else parse_sample
+    rows = _Rows(task.dataset.root, kind)
     skips: list[Skip] = []
     for line, raw in _read_lines(task):
         sample: Sample | None = None
         try:
-            sample = parse_sample(raw, task.dataset.name, line)
-            images, turns = _look_at_images(sample, task.settings, task.dataset)
-            chat = render(with_system(turns, task.settings.system_prompt), len(images), tokenizer, name=sample.name)
-            _check_fit(chat, images, sample, task.settings)
-            rows.add(line, chat, images, task.settings.tokens_per_tile)
+            parsed = parse(raw, task.dataset.name, line)
+            sample = parsed.sample if isinstance(parsed, Pair) else parsed
+            images, turns = _look_at_images(sample, settings, task.dataset)
+            turns = with_system(turns, settings.system_prompt)
+            pair: SharedPair | None = None
+            if isinstance(parsed, Pair):
+                chosen, rejected = (
+                    render(with_answer(turns, answer), len(images), tokenizer, name=sample.name)
+                    for answer in (parsed.chosen, parsed.rejected)
+                )
+                pair = share_prefix(chosen, rejected, name=sample.name)
+                chat = pair.tokens
+            else:
+                chat = render(turns, len(images), tokenizer, name=sample.name)
+            _check_fit(chat, images, sample, settings)
+            rows.add(line, chat, images, settings.tokens_per_tile, pair)
         except SampleError as error:
             sample_id = sample.id if sample is not None else _id_of(raw)
             skips.append(Skip(line, sample_id, error.reason, error.detail))
@@ -157,8 +172,9 @@ def _too_long(total: int, num_visual: int, limit: int) -> str:
 class _Rows:
     """Collects the rows of a chunk; offsets count from its start."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, kind: Kind) -> None:
         self.root = root
+        self.kind: Kind = kind
         self.samples: list[tuple[int, ...]] = []
         self.images: list[tuple[int | bool, ...]] = []
         self.tokens: list[NDArray[np.int32]] = []
@@ -166,15 +182,19 @@ class _Rows:
         self.paths = bytearray()
         self.places: dict[Path, tuple[int, int]] = {}
 
-    def add(self, line: int, chat: ChatTokens, images: list[_Image], tokens_per_tile: int) -> None:
+    def add(
+        self, line: int, chat: ChatTokens, images: list[_Image], tokens_per_tile: int, pair: SharedPair | None
+    ) -> None:
         """Add a sample; unsupervised ids are stored as ``~id``."""
         tiles = sum(image.num_tiles for image in images)
-        num_tokens = len(chat.ids) + tiles * tokens_per_tile
-        supervised = int(chat.supervised[1:].sum())
+        num_visual = tiles * tokens_per_tile
+        stored, supervised = len(chat.ids), int(chat.supervised[1:].sum())
         # dataset, line, source, offset, stored, tokens, supervised, tiles, images, first image
-        self.samples.append(
-            (0, line, 0, self.num_tokens, len(chat.ids), num_tokens, supervised, tiles, len(images), len(self.images))
-        )
+        place = (0, line, 0, self.num_tokens, stored)
+        row = (*place, stored + num_visual, supervised, tiles, len(images), len(self.images))
+        # All images stand before the branches.
+        branches = (pair.chosen_at + num_visual, pair.rejected_at + num_visual, pair.num_chosen) if pair else ()
+        self.samples.append(row + branches)
         self.tokens.append(np.where(chat.supervised, chat.ids, ~chat.ids).astype(np.int32))
         self.num_tokens += len(chat.ids)
         for image, insert_at in zip(images, chat.insert_at, strict=True):
@@ -196,7 +216,7 @@ class _Rows:
         """Turn the collected rows into arrays."""
         return Chunk(
             num_lines=num_lines,
-            samples=np.array(self.samples, dtype=SAMPLE),
+            samples=np.array(self.samples, dtype=sample_dtype(self.kind)),
             images=np.array(self.images, dtype=IMAGE),
             tokens=np.concatenate(self.tokens) if self.tokens else np.empty(0, dtype=np.int32),
             paths=bytes(self.paths),

@@ -28,14 +28,13 @@ from evovlm.data.index_format import (
     IMAGES_FOLDER,
     INDEX_FILE,
     PATHS_FILE,
-    SAMPLE_FILES,
     SAMPLES_FOLDER,
     SKIPPED_FILE,
     TOKENS_FILE,
     IndexMeta,
+    Kind,
+    sample_files,
 )
-
-_TABLES = {SAMPLES_FOLDER: SAMPLE_FILES, IMAGES_FOLDER: IMAGE_FILES}
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Chunk:
 
     Attributes:
         num_lines: lines read.
-        samples: ``SAMPLE`` [n]; ``dataset`` and ``token_source`` are set by the writer.
+        samples: ``sample_dtype`` [n]; ``dataset`` and ``token_source`` are set by the writer.
         images: ``IMAGE`` [m].
         tokens: int32, for the own store; empty for a corpus, whose ``token_offset`` is already final.
         paths: UTF-8.
@@ -103,13 +102,15 @@ class IndexWriter:
 
     Args:
         out: folder that the index gets. What stands there is replaced at the end if it is an index or empty.
+        kind: what the samples are: it decides the files.
 
     Raises:
         FileExistsError: ``out`` holds something that is not an index.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, kind: Kind = "conversations") -> None:
         self.out = out
+        self._tables = {SAMPLES_FOLDER: sample_files(kind), IMAGES_FOLDER: IMAGE_FILES}
         if out.exists() and not (out / INDEX_FILE).exists() and not (out.is_dir() and not any(out.iterdir())):
             raise FileExistsError(f"'{out}' exists and is not an index: give another folder or remove it")
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +124,7 @@ class IndexWriter:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
         names = [TOKENS_FILE, PATHS_FILE, SKIPPED_FILE]
-        for table, files in _TABLES.items():
+        for table, files in self._tables.items():
             (self.folder / table).mkdir()
             names += [f"{table}/{name}.bin" for name in files]
         self._files: dict[str, BinaryIO] = {name: (self.folder / name).open("wb") for name in names}
@@ -182,7 +183,7 @@ class IndexWriter:
 
     def _write_rows(self, table: str, rows: NDArray[np.void], name: Callable[[int], str]) -> None:
         """Write each field of some rows to its file; ``name`` names a row in an error."""
-        for file, dtype in _TABLES[table].items():
+        for file, dtype in self._tables[table].items():
             stored = np.empty(len(rows), dtype)
             for part in dtype.names or (file,):
                 column = stored[part] if dtype.names else stored

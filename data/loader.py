@@ -260,5 +260,5 @@ def _pin(batch: StepBatch) -> None:
     batch.tile_keys = batch.tile_keys.pin_memory()
     for pack in batch.packs:
         for field in fields(pack):
-            if field.name != "cu_seqlens":  # stays on the CPU
+            if field.name not in ("cu_seqlens", "prefixes", "pairs"):  # these are read on the CPU
                 setattr(pack, field.name, getattr(pack, field.name).pin_memory())

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evovlm.csrc import random
+from evovlm.data.branches import squared_lengths
 from evovlm.data.order import Draws, Order, PlanIndex
 from evovlm.data.packing import pack
 from evovlm.data.packs import Packs
@@ -40,6 +41,8 @@ class PackStream:
         self.order = order
         self._settings = settings
         self._tokens, self._tiles = index.samples["num_tokens"], index.samples["num_tiles"]
+        pairs = index.meta.kind == "preference"
+        self._branches = (index.samples["chosen_at"], index.samples["rejected_at"]) if pairs else None
         self._together = settings.balance_steps if order.shuffled else 1
         self._num_windows = order.num_windows(settings.window)  # of an epoch
         self._ends: list[int] = []  # packs before the end of each window, over all epochs
@@ -147,12 +150,26 @@ class PackStream:
         draws, begins, lengths = self._split(self.order.window(epoch, number, s.window))
         tiles = self._tiles[draws.samples].astype(np.int64)
         even = s.even_packs == "always" or (s.even_packs == "auto" and 2 * lengths.max(initial=0) <= s.pack_tokens)
-        costs = lengths**2 if even else None
-        pack_of, count = pack(lengths, tiles, s.pack_tokens, s.pack_tiles, costs)
+        squares = self._squares(draws.samples, lengths)
+        pack_of, count = pack(lengths, tiles, s.pack_tokens, s.pack_tiles, squares if even else None)
         packs = Packs.of(
-            pack_of, count, samples=draws.samples, visits=draws.visits, begins=begins, lengths=lengths, tiles=tiles
+            pack_of,
+            count,
+            samples=draws.samples,
+            visits=draws.visits,
+            begins=begins,
+            lengths=lengths,
+            tiles=tiles,
+            squares=squares,
         )
         return packs.take(random.permutation(count, "order", s.seed, "packs", window)) if self.order.shuffled else packs
+
+    def _squares(self, samples: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Work of attention in each segment, see ``Packs.squares``; pairs are never in parts."""
+        if self._branches is None:
+            return lengths**2
+        chosen_at, rejected_at = self._branches
+        return squared_lengths(lengths, chosen_at[samples], rejected_at[samples])
 
     def _split(self, draws: Draws) -> tuple[Draws, NDArray[np.int64], NDArray[np.int64]]:
         """Cut texts that are longer than a pack: the draws by parts, and first token and length of each."""

@@ -3,6 +3,7 @@
 starts   0       3     5         packs 0, 1, …: segments starts[i] to starts[i + 1] - 1
 samples  7 2 9 │ 4 1 │ …         one segment each; a long text may be split into several
 begins   0 0 0 │ 0 T │           first token of the segment in its sample
+squares  . . . │ . . │           work of attention: length², less in preference pairs
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Longs = NDArray[np.int64]
-_COLUMNS = ("samples", "visits", "begins", "lengths", "tiles")
+_COLUMNS = ("samples", "visits", "begins", "lengths", "tiles", "squares")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +48,8 @@ class Packs(Sequence[Pack]):
         begins: int64 [S].
         lengths: int64 [S].
         tiles: int64 [S], tiles of each segment.
+        squares: int64 [S], squared length; of a preference pair that of a segment with as much work for attention
+            (``branches.squared_lengths``).
         starts: int64 [G + 1], first segment of each pack, and S.
     """
 
@@ -55,6 +58,7 @@ class Packs(Sequence[Pack]):
     begins: Longs
     lengths: Longs
     tiles: Longs
+    squares: Longs
     starts: Longs
 
     def __len__(self) -> int:
@@ -104,8 +108,8 @@ class Packs(Sequence[Pack]):
         return sums
 
     def sum_squares(self, num_rows: int) -> Longs:
-        """int64 [G], squared lengths of each pack, summed; what fills it up to ``num_rows`` is a segment, too."""
-        return self.sums(self.lengths**2) + (num_rows - self.num_tokens) ** 2
+        """int64 [G], ``squares`` of each pack, summed; what fills it up to ``num_rows`` is a segment, too."""
+        return self.sums(self.squares) + (num_rows - self.num_tokens) ** 2
 
     def take(self, numbers: NDArray[Any]) -> "Packs":
         """These packs, in this order."""
@@ -134,7 +138,7 @@ class Packs(Sequence[Pack]):
         Args:
             pack_of: integers [S], the pack of each segment.
             count: packs.
-            columns: int64 [S], samples, visits, begins, lengths and tiles, as in the class.
+            columns: int64 [S], samples, visits, begins, lengths, tiles and squares, as in the class.
         """
         order = np.argsort(pack_of, kind="stable")
         starts = np.concatenate([[0], np.cumsum(np.bincount(pack_of, minlength=count))])

@@ -52,6 +52,7 @@ class Planner:
         squares = IntegerCosts(0, 1, 0, 1, 0, max_tokens=settings.pack_tokens, max_tiles=settings.pack_tiles)
         self._costs = costs or squares
         self._tokens, self._tiles = index.samples["num_tokens"], index.samples["num_tiles"]
+        self._pairs = index.meta.kind == "preference"
         self.dropped = self._too_large()
         if len(self.dropped) == len(self._tokens):
             raise ValueError(
@@ -59,9 +60,10 @@ class Planner:
                 f"{settings.pack_tiles} tiles" + "".join(f"; {line}" for line in self.describe_dropped(3))
             )
         if len(self.dropped) and settings.long_samples == "error":
+            count, ways = len(self.dropped), "'skip'" if self._pairs else "'skip' or 'split'"
             raise ValueError(
-                f"{self.describe_dropped(1)[0]} ({len(self.dropped)} such samples): raise the budget, or choose "
-                "long_samples = 'skip' or 'split'"
+                f"{self.describe_dropped(1)[0]} ({count} such samples): raise the budget, or choose "
+                f"long_samples = {ways}"
             )
         self.order = order.without(self.dropped) if len(self.dropped) else order
         self.stream = PackStream(index, self.order, settings)
@@ -86,7 +88,8 @@ class Planner:
         """One line for each sample in ``dropped`` (at most ``limit``): its name, its size and the budget."""
         most = f"a pack holds {self.settings.pack_tokens} tokens and {self.settings.pack_tiles} tiles"
         return [
-            f"sample '{self.index.name(int(i))}': {self._tokens[i]} tokens and {self._tiles[i]} tiles; {most}"
+            f"{'pair' if self._pairs else 'sample'} '{self.index.name(int(i))}': {self._tokens[i]} tokens"
+            f"{self._parts(int(i)) if self._pairs else ''} and {self._tiles[i]} tiles; {most}"
             for i in self.dropped[:limit]
         ]
 
@@ -112,6 +115,10 @@ class Planner:
         weights = loss_weights(supervised, self.settings.loss_weighting)
         mean_load = int(costs.sum()) // layout.num_ranks
         num_tiles = int(packs.tiles.sum())
+        # Of a pair's work, both answers do not see each other.
+        work = self._costs.sample_costs(packs.lengths, supervised)
+        work -= self._costs.per_square * (packs.lengths**2 - packs.squares)
+        of_chosen = self.index.samples["num_chosen"][packs.samples] if self._pairs else np.empty(0)
         return StepPlan(
             step=step,
             epoch=epoch,
@@ -124,10 +131,11 @@ class Planner:
             supervised=supervised,
             # fsum rounds once, so the sum does not depend on order or platform.
             loss_denominator=math.fsum(supervised * weights),
-            outliers=packs.samples[self._costs.sample_costs(packs.lengths, supervised) > mean_load],
+            outliers=packs.samples[work > mean_load],
             num_tokens=int(packs.lengths.sum()),
             num_tiles=num_tiles,
             num_visual_tokens=num_tiles * self.index.meta.tokens_per_tile,
+            num_chosen=int(of_chosen.sum()),
         )
 
     def check_layout(self, layout: DataLayout) -> None:
@@ -142,6 +150,11 @@ class Planner:
                 f"microbatches = {ranks * microbatches} packs: {remedy}"
             )
 
+    def _parts(self, pair: int) -> str:
+        """Lengths of a pair's parts."""
+        chosen, rejected = (int(self.index.samples[name][pair]) for name in ("chosen_at", "rejected_at"))
+        return f" (prompt {chosen}, chosen {rejected - chosen}, rejected {self._tokens[pair] - rejected})"
+
     def _too_large(self) -> NDArray[np.int64]:
         """Samples that no pack can hold, ascending; column by column in parts, so that memory stays small."""
         s, found = self.settings, [np.empty(0, np.int64)]
@@ -149,7 +162,7 @@ class Planner:
             part = slice(first, first + _CHUNK)
             tokens, tiles = self._tokens[part], self._tiles[part]
             over = (tokens > s.pack_tokens) | (tiles > s.pack_tiles)
-            if s.long_samples == "split":
+            if s.long_samples == "split" and not self._pairs:
                 over &= tiles > 0
             found.append(first + np.flatnonzero(over))
         return np.concatenate(found).astype(np.int64)

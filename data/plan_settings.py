@@ -22,7 +22,8 @@ class PlanSettings(BaseModel):
             out; a rank is then balanced by giving it cheap packs besides, and these must be left.
         balance_steps: steps whose packs are dealt out together, so that they cost alike.
         long_samples: what becomes of samples that do not fit into an empty pack. "skip": left out, counted and listed;
-            "error"; "split": texts are cut into packs' lengths, each part a segment of its own, other samples skipped.
+            "error"; "split": texts are cut into packs' lengths, each part a segment of its own, other samples skipped,
+            and preference pairs, too.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

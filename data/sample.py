@@ -4,6 +4,9 @@ collapsed ids   … <img> </img> …          insert_at = 5, 2 tiles of 4 tokens
                       │ insert
 tokens          … <img> C C C C C C C C </img> …       runs = [(5, 8)]
 labels          the token one to the right where it is supervised, else -100
+
+A preference pair is one sample: prefix │ chosen │ rejected (``preference.py``). Its labels are made alike: the prefix's
+last row predicts the token that both branches start with, and nothing predicts the rejected branch's first token.
 """
 
 from dataclasses import dataclass
@@ -27,12 +30,14 @@ class ExpandedSample:
             in the last row.
         runs: (start, length) of each image's visual tokens in ``tokens``, in order.
         refs: the images, in the order of ``runs``.
+        branches: of a preference pair, first rows of the chosen and of the rejected branch; None: no pair.
     """
 
     tokens: NDArray[np.int32]
     labels: NDArray[np.int64]
     runs: list[tuple[int, int]]
     refs: list[ImageRef]
+    branches: tuple[int, int] | None = None
 
 
 def read_part(index: Index, sample: int, begin: int, length: int) -> ExpandedSample:
@@ -95,4 +100,32 @@ def expand_sample(index: Index, sample: int, *, image_context: int) -> ExpandedS
     tokens, supervised = expand(ids, supervised, [ref.insert_at for ref in refs], lengths, image_context)
     labels = np.full(total, IGNORE, dtype=np.int64)
     np.copyto(labels[:-1], tokens[1:], where=supervised[1:])
-    return ExpandedSample(tokens, labels, runs, refs)
+    branches = None
+    if index.meta.kind == "preference":
+        branches = int(index.samples["chosen_at"][sample]), int(index.samples["rejected_at"][sample])
+        _check_branches(index, sample, tokens, labels, runs, branches)
+    return ExpandedSample(tokens, labels, runs, refs, branches)
+
+
+def _check_branches(
+    index: Index,
+    sample: int,
+    tokens: NDArray[np.int32],
+    labels: NDArray[np.int64],
+    runs: list[tuple[int, int]],
+    branches: tuple[int, int],
+) -> None:
+    """Raise ``ValueError`` unless both branches begin behind all images, with one token, predicted by the prefix."""
+    (chosen, rejected), begin = branches, max((start + length for start, length in runs), default=0)
+    right = max(begin, 1) <= chosen < rejected < len(tokens) and tokens[chosen] == tokens[rejected]
+    if not right or labels[rejected - 1] != IGNORE:
+        raise ValueError(
+            f"pair '{index.name(sample)}': branches at {chosen} and {rejected} of {len(tokens)} tokens, with visual "
+            f"ones up to {begin}, do not begin alike behind one prefix: rebuild the index"
+        )
+    count, planned = int((labels[:rejected] != IGNORE).sum()), int(index.samples["num_chosen"][sample])
+    if count != planned:
+        raise ValueError(
+            f"pair '{index.name(sample)}' has {count} targets in its chosen answer, but the index says {planned}: "
+            "rebuild the index"
+        )

@@ -46,13 +46,15 @@ def share_out(packs: Sequence[WholePack], plan: ParallelPlan, rank: int, tokens_
         tokens_per_tile: Visual tokens of one tile.
 
     Raises:
-        ValueError: The packs cannot be shared out evenly, or a pack's tiles and visual rows do not match.
+        ValueError: The packs cannot be shared out evenly, a pack's tiles and visual rows do not match, or preference
+            pairs are not numbered from 0, once each.
     """
     dp, num_encoders = plan.llm.dp, plan.vit.dp
     if not packs or len(packs) % dp:
         raise ValueError(f"{len(packs)} packs cannot be shared out over {dp} data-parallel ranks: give a multiple")
     for i, pack in enumerate(packs):
         _check(i, pack, tokens_per_tile)
+    _check_pairs(packs)
     of_image = np.array([count for pack in packs for count in pack.image_tiles], np.int32)
     pack_of_image = np.repeat(np.arange(len(packs)), [len(pack.image_tiles) for pack in packs])
     home = DataLayout(dp, len(packs) // dp, num_encoders, plan.llm.pp).home(pack_of_image % dp)
@@ -91,3 +93,18 @@ def _check(number: int, pack: WholePack, tokens_per_tile: int) -> None:
     rows = pack.visual_rows.view(-1, tokens_per_tile)
     for tile in (rows.diff() != 1).any(1).nonzero().flatten().tolist():  # routes carry a tile's first row only
         raise ValueError(f"pack {number}: visual rows of tile {tile} are {rows[tile].tolist()}, not consecutive")
+
+
+def _check_pairs(packs: Sequence[WholePack]) -> None:
+    """Raise ``ValueError`` unless all packs are of pairs, numbered from 0 in any order, or none is."""
+    with_pairs = [pack.pairs for pack in packs if pack.pairs is not None]
+    if with_pairs and len(with_pairs) < len(packs):
+        raise ValueError(
+            f"{len(with_pairs)} of {len(packs)} packs are of preference pairs: one step trains on one kind"
+        )
+    numbers = sorted(number for pairs in with_pairs for number in pairs.numbers.tolist())
+    if numbers != [*range(len(numbers))]:
+        raise ValueError(
+            f"{len(numbers)} preference pairs have {len(set(numbers))} different numbers from {numbers[0]} to "
+            f"{numbers[-1]}: number those of a step from 0, each once"
+        )

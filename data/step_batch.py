@@ -133,7 +133,8 @@ def build_step(
     per_tile = index.meta.tokens_per_tile
     packs, received = [], []
     for number in plan.assignment[data_rank].tolist():
-        pack = build_microbatch(index, plan.packs[number], settings)
+        first = int(plan.packs.starts[number])
+        pack = build_microbatch(index, plan.packs[number], settings, first_segment=first)
         packs.append(pack)
         received.append(pack.visual_rows.numpy()[::per_tile])  # first row of each tile, in order
     sends, jobs, keys = _sends(index, plan, images, settings, encoder)

@@ -100,6 +100,7 @@ class StepPlan:
         num_tokens: LLM tokens without padding.
         num_tiles: tiles.
         num_visual_tokens: tokens made of tiles.
+        num_chosen: targets of the chosen answers of preference pairs; 0 without pairs.
     """
 
     step: int
@@ -116,6 +117,7 @@ class StepPlan:
     num_tokens: int
     num_tiles: int
     num_visual_tokens: int
+    num_chosen: int = 0
 
     @property
     def num_samples(self) -> int:
@@ -144,7 +146,9 @@ class StepPlan:
         state = hashlib.blake2b(digest_size=16)
         p, pieces = self.packs, self.pieces
         numbers = np.array([self.step, self.epoch, len(p), *self.assignment.shape, self.num_encoders])
-        arrays = (p.samples, p.visits, p.begins, p.lengths, p.tiles, p.starts, self.supervised)
+        arrays = [p.samples, p.visits, p.begins, p.lengths, p.tiles, p.starts, self.supervised]
+        if self.num_chosen:  # without pairs, lengths say it all
+            arrays += [p.squares, np.array([self.num_chosen])]
         pieces_arrays = (pieces.image, pieces.first, pieces.tiles, pieces.encoder)
         for array in (numbers, *arrays, self.assignment, self.image_tiles, *pieces_arrays):
             state.update(np.ascontiguousarray(array, dtype="<i8").tobytes())

@@ -23,6 +23,7 @@ from evovlm.data.share_out import WholePack, share_out
 from evovlm.engine.calibration import Case, Module
 from evovlm.engine.cost_shape import run_costs
 from evovlm.engine.language import Language
+from evovlm.engine.objectives import CrossEntropy
 from evovlm.engine.parts import Part, build_parts
 from evovlm.engine.recompute import SavedBytes
 from evovlm.engine.settings import DTYPES, RunSettings
@@ -229,7 +230,7 @@ class Bench:
         visual = self._visual(pack)
 
         def work() -> None:
-            self._language.train([pack], visual, 1.0 / rows)
+            self._language.train([pack], visual, CrossEntropy(rows, self._world.device))
             self._wait()
 
         cost = self._costs.llm.predict(rows, squares, targets)

@@ -14,20 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from evovlm.data.step_batch import StepBatch
 from evovlm.engine.checkpoint import load_checkpoint, save_checkpoint
-from evovlm.engine.language import Language
 from evovlm.engine.local_state import LocalState
+from evovlm.engine.objectives import CrossEntropy, Objective
 from evovlm.engine.optimizer import clip_factor, scale_gradients, set_lr
 from evovlm.engine.options import EngineOptions
-from evovlm.engine.parts import NamedTensors, Parts, build_parts, load_weights
-from evovlm.engine.settings import DTYPES, OptimSettings
+from evovlm.engine.parts import NamedTensors
+from evovlm.engine.settings import OptimSettings
+from evovlm.engine.sharded_model import ShardedModel
 from evovlm.engine.tied import add_tied_gradients
-from evovlm.engine.vision import Vision, VisualTokens
+from evovlm.engine.vision import VisualTokens
 from evovlm.models.sharding import INTERNVL, ModelTables
 from evovlm.parallel.layout import ParallelPlan
 from evovlm.parallel.pieces import Piece, gather_pieces, piece_of
@@ -50,14 +50,12 @@ class StepResult:
     clipped: bool
 
 
-class Engine:
+class Engine(ShardedModel):
     """A sharded model with its optimizer. Use :meth:`build`."""
 
-    def __init__(
-        self, parts: Parts, state: LocalState, language: Language, vision: Vision | None, world: World, max_norm: float
-    ) -> None:
-        self.parts, self.state, self.language, self.vision = parts, state, language, vision
-        self.world, self.max_norm = world, max_norm
+    def __init__(self, model: ShardedModel, optim: OptimSettings) -> None:
+        super().__init__(model.parts, model.language, model.vision, model.world)
+        self.state, self.max_norm = LocalState(model.parts, optim), optim.clip_norm
 
     @classmethod
     def build(
@@ -86,37 +84,8 @@ class Engine:
             ValueError: The plan is for another number of ranks; a weight is missing, unknown or of another shape; a
                 frozen module does not exist; options do not go together.
         """
-        options = options or EngineOptions()
-        if plan.size != world.size:
-            raise ValueError(f"the plan ({plan}) is for {plan.size} ranks, but {world.size} were started")
-        options.check(plan)
-        dtypes = DTYPES[options.precision]
-        parts = build_parts(
-            make_model,
-            tables,
-            plan,
-            world,
-            master=dtypes.master,
-            compute=None if dtypes.compute == dtypes.master else dtypes.compute,
-            recompute=options.recompute or {},
-            freeze=options.freeze,
-            min_unit=options.min_unit,
-            virtual_stages=options.virtual_stages,
-            kernels=options.kernels,
-        )
-        load_weights(parts, weights)
-        vision = None
-        if parts.encoder:
-            vision = Vision(
-                parts,
-                plan,
-                world,
-                encode_tiles=options.encode_tiles,
-                activations=options.encoder_activations,
-                memory=options.encoder_memory * 2**30,
-            )
-        language = Language(parts.stages, parts.hidden_size, dtypes.compute, options.schedule, world.device)
-        return cls(parts, LocalState(parts, optim), language, vision, world, optim.clip_norm)
+        model = cls.build_model(make_model, plan, world, weights=weights, options=options, tables=tables)
+        return cls(model, optim)
 
     def train_step(self, batch: StepBatch, loss_denominator: float, lr_factor: float = 1.0) -> StepResult:
         """Run one optimizer step. Collective.
@@ -164,28 +133,32 @@ class Engine:
         """
         if loss_denominator <= 0:
             raise ValueError(f"the step's loss weights add up to {loss_denominator}: none of its samples has a target")
+        objective = CrossEntropy(loss_denominator, self.world.device)
+        self.accumulate(batch, objective)
+        dist.all_reduce(objective.sums)
+        return objective.sums[0].item() / loss_denominator
+
+    def accumulate(
+        self, batch: StepBatch, objective: Objective, before: Callable[[VisualTokens | None], None] | None = None
+    ) -> None:
+        """Leave the gradients of a step's objective on the parameters. Collective.
+
+        Args:
+            batch: This rank's part of the step.
+            objective: The loss.
+            before: Called with the visual tokens of the step before the LLM runs.
+        """
         for part in self.parts:
             part.root.train()
         visual = self._encode(batch)
-        total = self.language.train(batch.packs, visual, 1.0 / loss_denominator)
+        if before is not None:
+            before(visual)
+        self.language.train(batch.packs, visual, objective)
         if self.vision is not None and visual is not None:
             self.vision.backward(batch, visual)
         add_tied_gradients(self.state, self.language.mesh)
         for part in self.parts:
             free(part.root)
-        dist.all_reduce(total)
-        return total.item() / loss_denominator
-
-    @torch.no_grad()
-    def evaluate(self, steps: Iterable[StepBatch]) -> tuple[float, float]:
-        """Sum weighted loss and weights over steps and ranks; their quotient is the validation loss. Collective."""
-        for part in self.parts:
-            part.root.eval()
-        both = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        for batch in steps:
-            both += torch.stack(self.language.evaluate(batch.packs, self._encode(batch)))
-        dist.all_reduce(both)
-        return float(both[0]), float(both[1])
 
     def prefetch(self, batch: StepBatch) -> None:
         """Run a frozen ViT on a coming step's tiles now. Collective; :meth:`train_step` must get the same object.
@@ -196,11 +169,6 @@ class Engine:
         if self.vision is None:
             raise ValueError("this model has no encoder: there are no features to prefetch")
         self.vision.prefetch(batch, self.language.shards(len(batch.packs[0].tokens)))
-
-    def _encode(self, batch: StepBatch) -> VisualTokens | None:
-        if self.vision is None:
-            return None
-        return self.vision.encode(batch, self.language.shards(len(batch.packs[0].tokens)))
 
     def pieces(self) -> dict[str, Piece]:
         """Model and optimizer state that this rank holds, for checkpoints: name → piece, sharing memory."""

@@ -7,9 +7,10 @@
 ``evovlm verify`` and the project's tests stand on this.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -179,7 +180,27 @@ def train_alone(
     precision: Precision = "float64",
 ) -> Trained:
     """Train in one process, without the engine."""
-    steps = steps or make_steps(config)
+
+    def loss(model: InternVL, packs: Step) -> Tensor:
+        total = sum((plain_loss(model, pack) for pack in packs), torch.zeros((), dtype=torch.float64))
+        return total / denominator(packs)
+
+    return train_plainly(config, steps or make_steps(config), loss, freeze=freeze, optim=optim, precision=precision)
+
+
+S = TypeVar("S")
+
+
+def train_plainly(
+    config: InternVLConfig,
+    steps: Sequence[S],
+    loss_of: Callable[[InternVL, S], Tensor],
+    *,
+    freeze: Sequence[str],
+    optim: OptimSettings,
+    precision: Precision,
+) -> Trained:
+    """Train in one process: a loss of each step, autograd, PyTorch's own clipping and AdamW."""
     model = plain_model(config, precision=precision).train()
     groups = []
     for name, parameter in model.named_parameters():
@@ -190,15 +211,15 @@ def train_alone(
         groups.append({"params": [parameter], "lr": rate, "weight_decay": 0.0 if vector else optim.weight_decay})
     adam = torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps, foreach=False, fused=False)
     trained = Trained([], [], [], {})
-    for packs in steps:
-        total = sum((plain_loss(model, pack) for pack in packs), torch.zeros((), dtype=torch.float64))
-        torch.autograd.backward(total / denominator(packs))
+    for step in steps:
+        loss = loss_of(model, step)
+        torch.autograd.backward(loss)
         if not trained.losses:
             named = model.named_parameters()
             trained.gradients.update({name: p.grad.clone() for name, p in named if p.grad is not None})
         trained.norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)))
         trained.clipped.append(trained.norms[-1] > optim.clip_norm)
-        trained.losses.append(float(total.detach()) / denominator(packs))
+        trained.losses.append(float(loss.detach()))
         adam.step()
         adam.zero_grad()
     trained.weights.update({name: p.detach().clone() for name, p in model.named_parameters()})
@@ -215,20 +236,22 @@ def train_under(
     optim: OptimSettings = OPTIM,
 ) -> Trained:
     """Train with the engine under a plan; tensors come out on rank 0. Collective."""
-    steps = steps or make_steps(config)
     engine = Engine.build(
-        lambda: InternVL(config),
-        plan,
-        world,
-        optim=optim,
-        weights=make_weights(config),
-        options=options,
+        lambda: InternVL(config), plan, world, optim=optim, weights=make_weights(config), options=options
     )
-    parts = [share_out(packs, plan, world.rank, config.tokens_per_tile) for packs in steps]
+
+    def backward(packs: Step) -> float:
+        return engine.backward(share_out(packs, plan, world.rank, config.tokens_per_tile), denominator(packs))
+
+    return run_engine(engine, steps or make_steps(config), backward)
+
+
+def run_engine(engine: Engine, steps: Sequence[S], backward: Callable[[S], float]) -> Trained:
+    """Train with an engine, given what computes loss and gradients of a step. Collective."""
     gradients: dict[str, Tensor] = {}
     results: list[StepResult] = []
-    for part, packs in zip(parts, steps, strict=True):
-        loss = engine.backward(part, denominator(packs))
+    for step in steps:
+        loss = backward(step)
         if not results:
             gradients.update(engine.named_full_gradients())
         results.append(engine.apply(loss))

@@ -31,7 +31,13 @@ class Flops:
         return self.vit + self.projector + self.llm
 
 
-def forward_flops(config: InternVLConfig, num_tiles: int, lengths: Iterable[int], num_supervised: int) -> Flops:
+def forward_flops(
+    config: InternVLConfig,
+    num_tiles: int,
+    lengths: Iterable[int],
+    num_supervised: int,
+    squares: Iterable[int] | None = None,
+) -> Flops:
     """Count the forward FLOPs of packed samples.
 
     Args:
@@ -39,6 +45,8 @@ def forward_flops(config: InternVLConfig, num_tiles: int, lengths: Iterable[int]
         num_tiles: Tiles encoded.
         lengths: Tokens of each segment; attention is causal inside a segment.
         num_supervised: Rows that pass the output head.
+        squares: Squared length of each segment as attention costs it (``Packs.squares``): smaller where answers share
+            a prompt. By default that of its length.
     """
     vision, decoder = config.vision, config.decoder
     width, rows = vision.hidden_size, vision.num_patches + 1
@@ -48,10 +56,11 @@ def forward_flops(config: InternVLConfig, num_tiles: int, lengths: Iterable[int]
     hidden = decoder.hidden_size
     projector = num_tiles * config.tokens_per_tile * 2 * (config.shuffled_size * hidden + hidden**2)
     segments = np.fromiter(lengths, np.int64)
-    tokens, squares = int(segments.sum()), int((segments * (segments + 1) // 2).sum())
+    tokens = int(segments.sum())
+    pairs = (int(np.fromiter(squares, np.int64).sum() if squares is not None else (segments**2).sum()) + tokens) // 2
     heads, kv_heads = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
     matrices = 2 * hidden * heads + 2 * hidden * kv_heads + 3 * hidden * decoder.ffn_size
-    llm = decoder.num_layers * (2 * tokens * matrices + 4 * squares * heads)
+    llm = decoder.num_layers * (2 * tokens * matrices + 4 * pairs * heads)
     llm += 2 * num_supervised * hidden * decoder.vocab_size
     return Flops(vit=float(vit), projector=float(projector), llm=float(llm))
 

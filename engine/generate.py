@@ -1,107 +1,119 @@
-"""Greedy decoding of a batch of prompts with a key-value cache.
+"""Decoding of many prompts with a key-value cache: answers leave the batch when they end, others enter in their place.
 
-    prefill   prompts packed as in training [T] ─► cache [L, B, K, length, D] and the first new token of each
-    steps     one token per sequence [B] ─► attend to the own cache only ─► next token …  until <|im_end|>
+    tasks ─ families ─► prefill: prompts packed [T] ─► a slot each, and the first token of each answer
+                          ▲                              │
+                          │ room again                   ▼
+                          └──────── steps: one token per answer [B] ─► draw ─► <|im_end|>? leave : stay
 
-Generated token t takes position ``last prompt position + t`` (spec §2); prompts may use any visual stride.
+Answers of one prompt share its prefill, the encoding of its images and its keys and values. Generated token t takes
+position ``last prompt position + t`` (spec §2); prompts may use any visual stride. What is drawn depends on the key of
+the answer and its tokens so far, not on what else is in the batch (but for rounding).
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
-from evovlm.csrc.ops import packed_attention
-from evovlm.models.config import DecoderConfig
+from evovlm.engine.generate_cache import KVSlots, PromptAttend, StepAttend
+from evovlm.engine.generate_draw import draw
+from evovlm.engine.generate_families import MAX_TAIL, Family, Member, Prompt, Task, families
+from evovlm.engine.generation import Sampling
 from evovlm.models.internvl import InternVL
+
+__all__ = ["Batching", "Drawn", "Prompt", "Task", "decode", "generate"]
+
+_REFILL = 0.75  # of the cache in use: above, a prefill for a few answers would cost more than their empty places do
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """One sequence to continue.
+class Batching:
+    """How much is decoded at a time; no answer depends on it.
 
     Attributes:
-        tokens: int ``[L]``, ids with visual runs in place.
-        positions: float32 ``[L]``.
-        visual_rows: int64 ``[Nv]``, rows that visual tokens fill.
-        tiles: float32 ``[N, 3, S, S]``.
+        cache_tokens: Room of the cache in tokens: prompts as long as the longest one, answers as long as they may get.
+            A token takes 2 · layers · KV heads · head dim numbers.
+        max_answers: Most answers in the batch.
+        prefill_tokens: Most prompt tokens that are computed at a time (a longer prompt goes alone).
+
+    Raises:
+        ValueError: A number is below 1.
     """
 
-    tokens: NDArray[np.int32]
-    positions: NDArray[np.float32]
-    visual_rows: NDArray[np.int64]
-    tiles: Tensor
+    cache_tokens: int = 131_072
+    max_answers: int = 256
+    prefill_tokens: int = 16_384
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name} = {value} is below 1")
 
 
-class KVCache:
-    """Keys and values of B sequences, and attention over them; an ``Attend`` for the decoder.
+@dataclass(frozen=True)
+class Drawn:
+    """One answer.
 
-    Args:
-        config: The decoder's shape.
-        lengths: Prompt length of each sequence.
-        max_new_tokens: Room for generated tokens.
-        dtype: Of keys and values.
-        device: Where they live.
+    Attributes:
+        ids: Its tokens, without the one that ended it.
+        finished: Whether such a token ended it.
     """
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        lengths: Sequence[int],
-        max_new_tokens: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        shape = (
-            config.num_layers,
-            len(lengths),
-            config.num_kv_heads,
-            max(lengths) + max_new_tokens,
-            config.head_dim,
-        )
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros_like(self.keys)
-        self.prompt_lengths = list(lengths)
-        self.lengths = torch.tensor(self.prompt_lengths, device=device)
-        self.borders = [0, *np.cumsum(self.prompt_lengths).tolist()]
-        self.prefilling = True
-
-    def advance(self) -> None:
-        """Make room for one more token per sequence, which the next forward writes."""
-        self.prefilling = False
-        self.lengths += 1
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write keys and values, then attend: whole prompts at first, one token per sequence afterwards."""
-        if self.prefilling:
-            for cache, new in ((self.keys[layer], k), (self.values[layer], v)):
-                for sequence, part in enumerate(torch.split(new, self.prompt_lengths)):
-                    cache[sequence, :, : part.shape[0]] = part.transpose(0, 1)
-            return packed_attention(q, k, v, self.borders)
-        batch = torch.arange(q.shape[0], device=q.device)
-        self.keys[layer][batch, :, self.lengths - 1] = k
-        self.values[layer][batch, :, self.lengths - 1] = v
-        used = int(self.lengths.max())
-        mask = torch.arange(used, device=q.device) < self.lengths[:, None]
-        out = F.scaled_dot_product_attention(
-            q.unsqueeze(2),
-            self.keys[layer][:, :, :used],
-            self.values[layer][:, :, :used],
-            attn_mask=mask[:, None, None],
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        return out.squeeze(2)
+    ids: list[int]
+    finished: bool
 
 
-@torch.no_grad()
+@dataclass
+class _Group:
+    """A family in the cache: its slot, its prompt's tokens, and how many of its answers are not finished."""
+
+    slot: int
+    length: int
+    left: int
+
+
+@dataclass
+class _Sequence:
+    """One answer under way. In the cache it consists of its tail and its own tokens.
+
+    Attributes:
+        answers: Answers of its task, to be filled.
+        number: Which of them it is.
+        key: Of its random draws.
+        group: Its prompt in the cache.
+        seen: Tokens that it sees of that prompt.
+        tail: Prompt tokens after these.
+        position: Of the first token after what it sees.
+        hidden: ``[H]``, last hidden state of what it sees.
+        ids: Its tokens so far.
+        fed: How many tokens of ``tail`` and ``ids`` are in the cache.
+    """
+
+    answers: list[Drawn | None]
+    number: int
+    key: int
+    group: _Group
+    seen: int
+    tail: list[int]
+    position: float
+    hidden: Tensor
+    ids: list[int] = field(default_factory=list)
+    fed: int = 0
+
+    @property
+    def next_token(self) -> int:
+        """What is fed next."""
+        return self.tail[self.fed] if self.fed < len(self.tail) else self.ids[self.fed - len(self.tail)]
+
+
 def generate(
     model: InternVL, prompts: Sequence[Prompt], *, max_new_tokens: int, stop: Collection[int]
 ) -> list[list[int]]:
-    """Continue prompts greedily.
+    """Continue prompts greedily, one answer each.
 
     Args:
         model: In any dtype, on any device, not sharded.
@@ -112,33 +124,193 @@ def generate(
     Returns:
         The new ids of each prompt.
     """
-    weight = model.language_model.lm_head.weight
-    device = weight.device
-    lengths = [len(prompt.tokens) for prompt in prompts]
-    cache = KVCache(model.config.decoder, lengths, max_new_tokens, weight.dtype, device)
-    offsets = cache.borders[:-1]
+    greedy = Sampling(temperature=0, max_new_tokens=max_new_tokens)
+    drawn = decode(model, (Task(prompt, (0,)) for prompt in prompts), greedy, stop=stop)
+    return [answers[0].ids for answers in drawn]
 
-    tokens = torch.from_numpy(np.concatenate([p.tokens for p in prompts]).astype(np.int64)).to(device)
-    positions = torch.from_numpy(np.concatenate([p.positions for p in prompts])).to(device)
-    rows = np.concatenate([p.visual_rows + offset for p, offset in zip(prompts, offsets, strict=True)])
-    visual = model.encode(torch.cat([p.tiles for p in prompts]).to(device))
-    hidden = model.decode(tokens, positions, cache, (torch.from_numpy(rows.astype(np.int64)).to(device), visual))
-    last = torch.tensor(cache.borders[1:], device=device) - 1
-    hidden, position = hidden[last], positions[last]
 
-    generated: list[list[int]] = [[] for _ in prompts]
-    running = set(range(len(prompts)))
-    for number in range(max_new_tokens):
-        token = F.linear(hidden, weight).argmax(-1)
-        for sequence, value in enumerate(token.tolist()):
-            if sequence in running:
-                if value in stop:
-                    running.discard(sequence)
-                else:
-                    generated[sequence].append(value)
-        if not running or number + 1 == max_new_tokens:
-            break
-        cache.advance()
-        position = position + 1
-        hidden = model.decode(token, position, cache)
-    return generated
+@torch.no_grad()
+def decode(
+    model: InternVL,
+    tasks: Iterable[Task],
+    sampling: Sampling,
+    *,
+    stop: Collection[int],
+    batching: Batching | None = None,
+) -> Iterator[list[Drawn]]:
+    """Continue prompts, several answers each.
+
+    Args:
+        model: In any dtype, on any device, not sharded.
+        tasks: Read as room gets free.
+        sampling: How tokens are drawn, and how many at most.
+        stop: Ids that end an answer.
+        batching: How much is decoded at a time.
+
+    Yields:
+        The answers of each task, in order.
+    """
+    batch = _Batch(model, tasks, sampling, frozenset(stop), batching or Batching())
+    while batch.fill():
+        yield from batch.done()
+        batch.step()
+        yield from batch.done()
+
+
+class _Batch:
+    """What is under way: prompts in slots 0 … G − 1, answers in rows 0 … B − 1, and answers that wait for a row."""
+
+    def __init__(
+        self,
+        model: InternVL,
+        tasks: Iterable[Task],
+        sampling: Sampling,
+        stop: frozenset[int],
+        batching: Batching,
+    ) -> None:
+        self.model, self.sampling, self.stop, self.batching = model, sampling, stop, batching
+        self.head = model.language_model.lm_head.weight
+        self.device = self.head.device
+        self.prompts = KVSlots(model.config.decoder, self.head.dtype, self.device)
+        self.answers = KVSlots(model.config.decoder, self.head.dtype, self.device)
+        self.families = families(tasks)
+        self.upcoming = next(self.families, None)
+        self.groups: list[_Group] = []
+        self.rows: list[_Sequence] = []
+        self.waiting: deque[_Sequence] = deque()
+        self.order: deque[list[Drawn | None]] = deque()
+        self.room = sampling.max_new_tokens + MAX_TAIL
+
+    def done(self) -> Iterator[list[Drawn]]:
+        """Yield the answers of tasks that are complete, as far as no earlier task is not."""
+        while self.order and None not in self.order[0]:
+            yield [answer for answer in self.order.popleft() if answer is not None]
+
+    def fill(self) -> bool:
+        """Let answers in while there is room; return whether there is anything left to do."""
+        if not self.rows or self._load(0, 0, 0) <= _REFILL:
+            while self._enter() and self._prefill():
+                pass
+        return bool(self.order)
+
+    def _load(self, groups: int, length: int, rows: int) -> float:
+        """Say what share of the room would be used with so many more prompts, of this length, and answers."""
+        groups, rows = groups + len(self.groups), rows + len(self.rows)
+        tokens = groups * max([length, *(group.length for group in self.groups)]) + rows * self.room
+        return max(tokens / self.batching.cache_tokens, rows / self.batching.max_answers)
+
+    def _enter(self) -> bool:
+        """Give rows to waiting answers, and draw their first tokens; return whether none waits any more."""
+        entering: list[_Sequence] = []
+        while self.waiting and (self._load(0, 0, len(entering) + 1) <= 1 or not (self.rows or entering)):
+            entering.append(self.waiting.popleft())
+        self.rows += entering
+        begin = [sequence for sequence in entering if not sequence.tail]
+        if begin:
+            self._draw(torch.stack([sequence.hidden for sequence in begin]), begin)
+        return not self.waiting
+
+    def _prefill(self) -> bool:
+        """Compute the next prompts, as many as there is room for; return whether there were any."""
+        batch: list[Family] = []
+        tokens = longest = answers = 0
+        while self.upcoming is not None:
+            length = len(self.upcoming.prompt.tokens)
+            full = self._load(len(batch) + 1, max(longest, length), answers + 1) > 1
+            if (full and (batch or self.rows)) or (batch and tokens + length > self.batching.prefill_tokens):
+                break
+            batch.append(self.upcoming)
+            tokens, longest, answers = tokens + length, max(longest, length), answers + self.upcoming.num_answers
+            self.upcoming = next(self.families, None)
+        if not batch:
+            return False
+        first = len(self.groups)
+        for family in batch:
+            self.groups.append(_Group(len(self.groups), len(family.prompt.tokens), family.num_answers))
+        self.prompts.reserve(len(self.groups), max(group.length for group in self.groups))
+        hidden = self._run_prompts([family.prompt for family in batch], first)
+        ends = np.cumsum([group.length for group in self.groups[first:]])
+        for family, group, end in zip(batch, self.groups[first:], ends.tolist(), strict=True):
+            for member in family.members:
+                self._wait(member, group, hidden[end - group.length + member.seen - 1].clone())
+        return True
+
+    def _run_prompts(self, prompts: Sequence[Prompt], first_slot: int) -> Tensor:
+        """Run prompts as one pack into slots from ``first_slot`` on; returns the hidden states ``[T, H]``."""
+        lengths = [len(prompt.tokens) for prompt in prompts]
+        offsets = np.cumsum([0, *lengths[:-1]])
+        tokens = torch.from_numpy(np.concatenate([p.tokens for p in prompts]).astype(np.int64)).to(self.device)
+        positions = torch.from_numpy(np.concatenate([p.positions for p in prompts])).to(self.device)
+        rows = np.concatenate([p.visual_rows + offset for p, offset in zip(prompts, offsets, strict=True)])
+        visual = self.model.encode(torch.cat([p.tiles for p in prompts]).to(self.device))
+        places = torch.from_numpy(rows.astype(np.int64)).to(self.device)
+        attend = PromptAttend(self.prompts, lengths, first_slot)
+        return self.model.decode(tokens, positions, attend, (places, visual))
+
+    def _wait(self, member: Member, group: _Group, hidden: Tensor) -> None:
+        """Queue the answers of a task."""
+        answers: list[Drawn | None] = [None] * len(member.task.keys)
+        position = float(member.task.prompt.positions[member.seen - 1]) + 1
+        for number, key in enumerate(member.task.keys):
+            self.waiting.append(_Sequence(answers, number, key, group, member.seen, member.tail, position, hidden))
+        self.order.append(answers)
+
+    def step(self) -> None:
+        """Feed one token of each row, and draw the next ones."""
+        if not self.rows:
+            return
+        rows = self.rows
+        length = max(row.fed for row in rows) + 1
+        self.answers.reserve(len(rows), min(self.room, max(32, 1 << (length - 1).bit_length())))
+        attend = StepAttend(
+            self.prompts,
+            self.answers,
+            slots=[row.group.slot for row in rows],
+            seen=[row.seen for row in rows],
+            lengths=[row.fed for row in rows],
+        )
+        tokens = torch.tensor([row.next_token for row in rows], device=self.device)
+        positions = torch.tensor([row.position + row.fed for row in rows], dtype=torch.float32, device=self.device)
+        hidden = self.model.decode(tokens, positions, attend)
+        for row in rows:
+            row.fed += 1
+        drawing = [number for number, row in enumerate(rows) if row.fed >= len(row.tail)]
+        if len(drawing) < len(rows):
+            hidden = hidden[drawing]
+        if drawing:
+            self._draw(hidden, [rows[number] for number in drawing])
+
+    def _draw(self, hidden: Tensor, sequences: Sequence[_Sequence]) -> None:
+        """Draw a token for each sequence from hidden states ``[n, H]``; those that end with it leave."""
+        logits = F.linear(hidden, self.head)
+        positions = [len(sequence.ids) for sequence in sequences]
+        tokens = draw(logits, self.sampling, [sequence.key for sequence in sequences], positions)
+        ended = set()
+        for sequence, token in zip(sequences, tokens, strict=True):
+            stopped = token in self.stop
+            if not stopped:
+                sequence.ids.append(token)
+            if stopped or len(sequence.ids) == self.sampling.max_new_tokens:
+                sequence.answers[sequence.number] = Drawn(sequence.ids, stopped)
+                sequence.group.left -= 1
+                ended.add(id(sequence))
+        if ended:
+            self._leave(ended)
+
+    def _leave(self, ended: set[int]) -> None:
+        """Take away answers by their ``id()``, and prompts that have no more; the last ones take their places.
+
+        From the end on, so that where each prompt has one answer both keep the same order.
+        """
+        for row in reversed(range(len(self.rows))):
+            if id(self.rows[row]) in ended:
+                last = self.rows.pop()
+                if row < len(self.rows):
+                    self.answers.move(len(self.rows), row, last.fed)
+                    self.rows[row] = last
+        for group in reversed(self.groups.copy()):
+            if not group.left:
+                mover = self.groups.pop()
+                if mover is not group:
+                    self.prompts.move(mover.slot, group.slot, mover.length)
+                    self.groups[group.slot], mover.slot = mover, group.slot

@@ -3,17 +3,18 @@
 pack, whole, from the plan ─► this rank's rows: tokens, positions, targets; how queries meet keys
                                  │
 one stage:   F0 B0 F1 B1 …       ▼                 several: a schedule of torch.distributed.pipelining
-loss = Σ w·CE of this rank's rows, added up over microbatches; gradients of visual tokens stay on their leaves
+the last stage's loss is the objective's (objectives.py); gradients of visual tokens stay on their leaves
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from evovlm.data.batch import MicroBatch
-from evovlm.engine.losses import Targets, weighted_cross_entropy
+from evovlm.engine.objectives import Objective
 from evovlm.engine.parts import Part
 from evovlm.engine.vision import VisualTokens
 from evovlm.parallel.attention import ShardedAttend
@@ -30,14 +31,14 @@ class Rows:
         tokens: int64 ``[t]``, t = T/(cp·hp).
         positions: float32 ``[t]``.
         attend: How queries meet keys.
-        targets: Supervised rows among the t.
+        targets: What the objective made of the microbatch; None on ranks without the last stage.
         visual: Rows and values of visual tokens, on the first stage of a model that has an encoder.
     """
 
     tokens: Tensor
     positions: Tensor
     attend: ShardedAttend
-    targets: Targets
+    targets: Any
     visual: tuple[Tensor, Tensor] | None
 
 
@@ -59,26 +60,26 @@ class Language:
         self._hidden_size, self._dtype, self._schedule, self._device = hidden_size, dtype, schedule, device
         self._pipelines: dict[tuple[int, int], Pipeline] = {}
         self._rows: list[Rows] = []
-        self._scale = 1.0
-        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._objective: Objective | None = None
 
     def shards(self, pack_tokens: int) -> SequenceShards:
         """How the rows of a pack are split under the LLM's layout."""
         return SequenceShards.of(self.mesh.layout, pack_tokens)
 
-    def train(self, packs: Sequence[MicroBatch], visual: VisualTokens | None, scale: float) -> Tensor:
+    @property
+    def has_last(self) -> bool:
+        """Whether this rank holds the last stage, where the loss is."""
+        return self.stages[-1].is_last
+
+    def train(self, packs: Sequence[MicroBatch], visual: VisualTokens | None, objective: Objective) -> None:
         """Run forward and backward of all microbatches. Collective.
 
         Args:
             packs: The data-parallel rank's microbatches.
             visual: Their visual tokens; gradients are left on the values.
-            scale: Factor on the loss before backward, 1 / W.
-
-        Returns:
-            Σ w·CE over this rank's rows and all microbatches, float64; on all but one tensor-parallel rank of the
-            last stage it is 0, so that a sum over all ranks counts each row once.
+            objective: The loss of the step.
         """
-        self._prepare(packs, visual, scale)
+        self._prepare(packs, visual, objective)
         if "pp" not in self.mesh.groups:
             (stage,) = self.stages
             for number in range(len(packs)):
@@ -90,69 +91,59 @@ class Language:
             self._pipeline(len(packs), len(packs[0].tokens)).train()
             for stage in self.stages:
                 finish(stage.root)
-        return self._take_loss()
+        self._rows = []
 
     @torch.no_grad()
-    def evaluate(self, packs: Sequence[MicroBatch], visual: VisualTokens | None) -> tuple[Tensor, Tensor]:
-        """Run forward of all microbatches; returns Σ w·CE as :meth:`train` does, and Σ w alike. Collective."""
-        self._prepare(packs, visual, 1.0)
+    def evaluate(self, packs: Sequence[MicroBatch], visual: VisualTokens | None, objective: Objective) -> None:
+        """Run forward of all microbatches, for what the objective counts. Collective."""
+        self._prepare(packs, visual, objective)
         if "pp" not in self.mesh.groups:
             for number in range(len(packs)):
                 self._run(0, number, None)
         else:
             hidden = self._hidden(len(packs[0].tokens))
             relay(self._run, len(self.stages), self.mesh.groups["pp"], len(packs), hidden, self._device)
-        weight = torch.zeros_like(self._loss)
-        if self._counts:
-            weight += sum(float(rows.targets.weights.double().sum()) for rows in self._rows)
         for stage in self.stages:
             free(stage.root)
-        return self._take_loss(), weight
+        self._rows = []
 
-    @property
-    def _counts(self) -> bool:
-        """Whether this rank's loss is counted: it has the last stage, and is the first of its tp ranks."""
-        return self.stages[-1].is_last and self.mesh.place.tp == 0
-
-    def _take_loss(self) -> Tensor:
-        loss = self._loss if self._counts else torch.zeros_like(self._loss)
-        self._rows, self._loss = [], torch.zeros_like(self._loss)
-        return loss
-
-    def _prepare(self, packs: Sequence[MicroBatch], visual: VisualTokens | None, scale: float) -> None:
+    def _prepare(self, packs: Sequence[MicroBatch], visual: VisualTokens | None, objective: Objective) -> None:
         shards, place = self.shards(len(packs[0].tokens)), self.mesh.place
-        mine = torch.from_numpy(shards.block_rows(place.cp, place.hp))
         whole = shards.cp == shards.hp == 1
-        self._scale = scale
+        mine = None if whole else torch.from_numpy(shards.block_rows(place.cp, place.hp))
+        self._objective = objective
         self._rows = []
         for number, pack in enumerate(packs):
-            tokens, positions, labels, weights = (
-                part if whole else part[mine] for part in (pack.tokens, pack.positions, pack.labels, pack.weights)
-            )
+            tokens, positions = (part if mine is None else part[mine] for part in (pack.tokens, pack.positions))
             values = None
             if visual is not None and self.stages[0].is_first:
                 values = (visual.rows[number], visual.values[number])
             attend = ShardedAttend(
-                pack.cu_seqlens.tolist(), shards, place, self.mesh.groups, window=self.mesh.layout.window
+                pack.cu_seqlens.tolist(),
+                shards,
+                place,
+                self.mesh.groups,
+                window=self.mesh.layout.window,
+                prefixes=pack.prefixes,
             )
             self._rows.append(
                 Rows(
                     tokens.to(self._device, non_blocking=True),
                     positions.to(self._device, non_blocking=True),
                     attend,
-                    Targets.of(labels, weights, self._device),
+                    objective.targets(pack, mine, self._device) if self.has_last else None,
                     values,
                 )
             )
 
     def _run(self, local: int, number: int, hidden: Tensor | None) -> Tensor:
-        """Run one stage on one microbatch: hidden states ``[t/tp, H]``, or the last stage's scaled loss ``[1]``."""
-        stage, rows = self.stages[local], self._rows[number]
+        """Run one stage on one microbatch: hidden states ``[t/tp, H]``, or the last stage's loss ``[1]``."""
+        stage, rows, objective = self.stages[local], self._rows[number], self._objective
+        assert objective is not None  # set before any stage runs
 
         def loss(last: Tensor, head: Tensor) -> Tensor:
-            total = weighted_cross_entropy(last, head, rows.targets, group=self.mesh.groups.get("tp"))
-            self._loss += total.detach().double()
-            return torch.stack([total * self._scale])  # not a view: hooks of fully_shard sit on it
+            # Not a view: hooks of fully_shard sit on it.
+            return torch.stack([objective.loss(last, head, rows.targets, self.mesh)])
 
         out: Tensor = stage.root(
             rows.tokens if hidden is None else hidden,

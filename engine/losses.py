@@ -13,6 +13,7 @@ L = Σ_i w_i·CE_i / W (spec §3.5). W is the sum of the weights over every rank
 the step plan, so nothing has to be reduced before the division.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,26 +91,23 @@ def weighted_cross_entropy(
         ValueError: With a group, the head is not split over its ranks.
         RuntimeError: A label is not in the vocabulary (on CUDA reported asynchronously).
     """
-    vocab_size, first = head.shape[0], 0
-    if group is not None:
-        if not isinstance(head, DTensor) or head.placements != (Shard(0),):
-            placed = head.placements if isinstance(head, DTensor) else "a plain tensor"
-            raise ValueError(
-                f"the output head [{', '.join(map(str, head.shape))}] must be split by rows over the tensor-parallel "
-                f"ranks of the loss, but is {placed}: give it the style 'head'"
-            )
-        first = part_bounds(vocab_size, dist.get_world_size(group))[dist.get_rank(group)]
-        hidden = gather_rows(hidden, group)
-    labels = targets.labels
-    torch._assert_async(((labels >= 0) & (labels < vocab_size)).all(), f"labels must be from 0 to {vocab_size - 1}")
-    picked, part = hidden.index_select(0, targets.rows), local_part(head)
-    logits = _Logits(picked.detach(), part.detach(), labels, targets.weights, first, group)
-    wanted = [torch.is_grad_enabled() and x.requires_grad for x in (picked, part)]
-    loss, gradients = logits.sum(chunk_rows or CHUNK_ROWS.get(hidden.device.type, 2048), *wanted)
-    for x, gradient in zip((picked, part), gradients, strict=True):
+    logits = Logits.of(hidden, head, targets, group)
+    wanted = [torch.is_grad_enabled() and x.requires_grad for x in logits.inputs]
+    loss, gradients = logits.sum(chunk_rows or chunk_rows_of(hidden.device), *wanted)
+    return hold(loss, logits.inputs, gradients)
+
+
+def chunk_rows_of(device: torch.device) -> int:
+    """Rows whose logits exist at a time by default."""
+    return CHUNK_ROWS.get(device.type, 2048)
+
+
+def hold(value: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
+    """Return a scalar whose gradients by some inputs are known already; None: an input that needs none."""
+    for x, gradient in zip(inputs, gradients, strict=True):
         if gradient is not None:
-            loss = loss + _Held.apply(x, gradient)  # type: ignore[no-untyped-call]
-    return loss
+            value = value + _Held.apply(x, gradient)  # type: ignore[no-untyped-call]
+    return value
 
 
 class _Held(torch.autograd.Function):
@@ -132,39 +130,83 @@ class _Held(torch.autograd.Function):
 
 
 @dataclass(frozen=True, eq=False)
-class _Logits:
-    """Logits of rows ``[n, H]`` under the part ``[V/tp, H]`` of the head that starts at entry ``first``."""
+class Logits:
+    """Logits of the rows that have a target, under this rank's part ``[V/tp, H]`` of the head. Use :meth:`of`.
 
-    rows: Tensor
-    head: Tensor
+    Attributes:
+        inputs: Rows ``[n, H]`` and head ``[V/tp, H]`` with their graphs: what gradients belong to.
+        labels: int64 ``[n]``.
+        weights: ``[n]``, float32, or float64 for float64 rows.
+        first: Vocabulary entry that this part of the head starts at.
+        group: The tp ranks.
+    """
+
+    inputs: tuple[Tensor, Tensor]
     labels: Tensor
     weights: Tensor
     first: int
     group: dist.ProcessGroup | None
 
+    @classmethod
+    def of(cls, hidden: Tensor, head: Tensor, targets: Targets, group: dist.ProcessGroup | None) -> "Logits":
+        """Pick the rows that have a target; arguments and errors are those of :func:`weighted_cross_entropy`."""
+        vocab_size, first = head.shape[0], 0
+        if group is not None:
+            if not isinstance(head, DTensor) or head.placements != (Shard(0),):
+                placed = head.placements if isinstance(head, DTensor) else "a plain tensor"
+                raise ValueError(
+                    f"the output head [{', '.join(map(str, head.shape))}] must be split by rows over the "
+                    f"tensor-parallel ranks of the loss, but is {placed}: give it the style 'head'"
+                )
+            first = part_bounds(vocab_size, dist.get_world_size(group))[dist.get_rank(group)]
+            hidden = gather_rows(hidden, group)
+        labels = targets.labels
+        inside = ((labels >= 0) & (labels < vocab_size)).all()
+        torch._assert_async(inside, f"labels must be from 0 to {vocab_size - 1}")
+        inputs = hidden.index_select(0, targets.rows), local_part(head)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        return cls(inputs, labels, targets.weights.to(wide), first, group)
+
+    @property
+    def rows(self) -> Tensor:
+        """Rows ``[n, H]``, outside of any graph."""
+        return self.inputs[0].detach()
+
+    @property
+    def head(self) -> Tensor:
+        """Head ``[V/tp, H]``, outside of any graph."""
+        return self.inputs[1].detach()
+
     def sum(self, chunk_rows: int, wants_rows: bool, wants_head: bool) -> tuple[Tensor, list[Tensor | None]]:
         """Return Σ w·CE, and its gradients by rows and by the head where they are wanted."""
-        rows, head = self.rows, self.head
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        weights = self.weights.to(wide)
-        total = torch.zeros((), dtype=wide, device=rows.device)
-        grad_rows = torch.empty_like(rows) if wants_rows else None
-        grad_head = torch.zeros_like(head, dtype=wide) if wants_head else None
-        buffer = rows.new_empty(min(chunk_rows, len(rows)), len(head))
-        for start in range(0, len(rows), chunk_rows):
-            chunk = slice(start, min(start + chunk_rows, len(rows)))
-            narrow = torch.mm(rows[chunk], head.T, out=buffer[: chunk.stop - start])
-            errors = narrow.to(wide)
-            total += self._losses(errors, self.labels[chunk], weights[chunk], wants_rows or wants_head).sum()
-            if errors is not narrow and (wants_rows or wants_head):
-                narrow.copy_(errors)
-            if grad_rows is not None:
-                torch.mm(narrow, head, out=grad_rows[chunk])
-            if grad_head is not None and narrow is errors:
-                grad_head.addmm_(errors.T, rows[chunk])
-            elif grad_head is not None:
-                grad_head += narrow.T @ rows[chunk]  # narrow products, added up in float32
-        return total, [grad_rows, grad_head]
+        gradients = Gradients(self, wants_rows, wants_head)
+        total = torch.zeros((), dtype=self.weights.dtype, device=self.labels.device)
+        buffer = self.rows.new_empty(min(chunk_rows, len(self.labels)), len(self.head))
+        for chunk in chunks_of(len(self.labels), chunk_rows):
+            losses, errors = self.compute(chunk, wants_rows or wants_head, out=buffer)
+            total += losses.sum()
+            if errors is not None:
+                gradients.add(chunk, errors)
+        return total, gradients.both
+
+    def compute(self, chunk: slice, wants_errors: bool, *, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Compute the logits of some rows. Collective over the tp ranks.
+
+        Args:
+            chunk: Which of the n rows.
+            wants_errors: Whether to return errors.
+            out: ``[m, V/tp]``, a buffer for the logits, m at least the rows of the chunk.
+
+        Returns:
+            w·CE of each row; and their errors w·(p − onehot), ``[rows, V/tp]`` in the dtype of the rows, or None.
+        """
+        rows = self.rows[chunk]
+        narrow = torch.mm(rows, self.head.T, out=None if out is None else out[: len(rows)])
+        errors = narrow.to(self.weights.dtype)
+        losses = self._losses(errors, self.labels[chunk], self.weights[chunk], wants_errors)
+        if errors is not narrow and wants_errors:
+            narrow.copy_(errors)
+        return losses, narrow if wants_errors else None
 
     def _losses(self, logits: Tensor, labels: Tensor, weights: Tensor, gradient: bool) -> Tensor:
         """Return w·CE of each row; with ``gradient``, the logits become w·(p − onehot)."""
@@ -188,3 +230,43 @@ class _Logits:
             logits.scatter_add_(1, columns, (weights * owned).neg_()[:, None])
         losses: Tensor = (exponentials.log() + largest - target) * weights
         return losses
+
+
+class Gradients:
+    """Gradients of a weighted cross-entropy by rows and head, from errors that come chunk by chunk.
+
+    Args:
+        logits: Whose errors will come.
+        wants_rows: Whether the gradient of the rows is wanted.
+        wants_head: Whether that of the head is.
+    """
+
+    def __init__(self, logits: Logits, wants_rows: bool, wants_head: bool) -> None:
+        self._rows, self._head = logits.rows, logits.head
+        self.both: list[Tensor | None] = [
+            torch.empty_like(self._rows) if wants_rows else None,
+            torch.zeros_like(self._head, dtype=logits.weights.dtype) if wants_head else None,
+        ]
+
+    def add(self, chunk: slice, errors: Tensor, factors: Tensor | None = None) -> None:
+        """Take in the errors ``[rows, V/tp]`` of a chunk, each times a factor ``[rows]`` if given."""
+        rows = self._rows[chunk]
+        grad_rows, grad_head = self.both
+        if grad_rows is not None:
+            torch.mm(errors, self._head, out=grad_rows[chunk])
+            if factors is not None:
+                grad_rows[chunk] *= factors[:, None]
+        if grad_head is None:
+            return
+        if factors is not None:
+            rows = (rows * factors[:, None]).to(rows.dtype)
+        if errors.dtype == grad_head.dtype:
+            grad_head.addmm_(errors.T, rows)
+        else:
+            grad_head += errors.T @ rows  # narrow products, added up in float32
+
+
+def chunks_of(num_rows: int, chunk_rows: int) -> Iterator[slice]:
+    """Cut rows into chunks."""
+    for start in range(0, num_rows, chunk_rows):
+        yield slice(start, min(start + chunk_rows, num_rows))

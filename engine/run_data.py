@@ -2,8 +2,12 @@
 
 import math
 
+import numpy as np
+from numpy.typing import NDArray
+
 from evovlm.data.curriculum import Curriculum
 from evovlm.data.index import Index
+from evovlm.data.index_format import Kind
 from evovlm.data.loader import Loader, LoaderSettings
 from evovlm.data.mixture import MixtureSettings
 from evovlm.data.order import Sequential
@@ -14,7 +18,7 @@ from evovlm.engine.cost_shape import run_costs
 from evovlm.engine.layout_check import check_layouts
 from evovlm.engine.model_source import ModelSource
 from evovlm.engine.schedule import Span, make_schedule
-from evovlm.engine.settings import RunSettings
+from evovlm.engine.settings import ParallelSettings, RunSettings
 from evovlm.parallel.cost import CostModel
 from evovlm.parallel.world import World
 
@@ -37,8 +41,9 @@ class RunData:
         self.settings, self.source, self.world = settings, source, world
         check_layouts(settings, source.config, world.size)
         self.plan = settings.parallel.plan(world.size)
-        self.index = _open_checked(settings.data.index, source)
-        self.val_index = _open_checked(settings.data.val_index, source) if settings.data.val_index else None
+        kind: Kind = "preference" if settings.stage.name == "mpo" else "conversations"
+        self.index = _open_checked(settings.data.index, source, kind)
+        self.val_index = _open_checked(settings.data.val_index, source, kind) if settings.data.val_index else None
         plan_settings = PlanSettings(
             seed=settings.seed,
             pack_tokens=settings.data.pack_tokens,
@@ -59,11 +64,12 @@ class RunData:
         )
         self.phases = [(phase.steps, phase.mixture(self.mixture)) for phase in settings.data.phases]
         self.curriculum = Curriculum(self.index, self.phases, self.mixture, plan_settings, costs)
+        self._costs = costs
+        # A pass has no use for a step of G packs: one for each rank, so that little of it is padding.
+        self._one_each = plan_settings.model_copy(update={"packs_per_step": self.plan.llm.dp})
         self.val_planner: Planner | None = None
         if self.val_index is not None:
-            # Validation has no use for a step of G packs: one for each rank, so that little of it is padding.
-            one_each = plan_settings.model_copy(update={"packs_per_step": self.plan.llm.dp})
-            self.val_planner = Planner(self.val_index, Sequential(self.val_index), one_each, costs)
+            self.val_planner = Planner(self.val_index, Sequential(self.val_index), self._one_each, costs)
         microbatches = max(1, settings.data.packs_per_step // self.plan.llm.dp)
         self.layout = self._layout(microbatches)
         self.curriculum.check_layout(self.layout)
@@ -83,6 +89,11 @@ class RunData:
         whole = self.curriculum.last.num_packs(math.ceil(epochs))
         packs = whole * epochs / math.ceil(epochs)
         return max(1, round(packs / self.settings.data.packs_per_step))
+
+    def under(self, chosen: ParallelSettings) -> "RunData":
+        """The same steps, as other layouts of the modules share them out."""
+        settings = self.settings.model_copy(update={"parallel": chosen, "steps": self.total_steps, "epochs": None})
+        return RunData(settings, self.source, self.world)
 
     def describe(self) -> list[str]:
         """Say in lines what will be trained on, and list what is left out."""
@@ -104,11 +115,28 @@ class RunData:
         if dropped:
             lines.append(f"{dropped:,} samples do not fit into a pack and are left out, such as:")
             lines += [f"  {line}" for line in planner.describe_dropped(5)]
+        if not self.augments and any(dataset.augment for dataset in self.index.datasets):
+            lines.append("data_augment is off: the reference model has scored undegraded images")
         return lines
+
+    @property
+    def augments(self) -> bool:
+        """Whether images of datasets that ask for it are degraded in training."""
+        settings = self.settings
+        if settings.stage.name != "mpo" or not settings.stage.loss.needs_reference:
+            return True
+        return settings.reference.mode == "resident"  # one that has scored before has seen other pixels
 
     def train_loader(self) -> Loader:
         """Load training steps of this rank."""
-        return self._loader(self.index, self.curriculum, self.layout, augment=True)
+        return self._loader(self.index, self.curriculum, self.layout, augment=self.augments)
+
+    def pass_loader(self, index: Index, without: NDArray[np.int64]) -> Loader | None:
+        """Load an index once, in order, without some samples; None where no other fits into a pack."""
+        planner = Planner(index, Sequential(index, without), self._one_each, self._costs)
+        if len(np.union1d(without, planner.dropped)) == len(index):
+            return None
+        return self._loader(index, planner, self._layout(1), augment=False)
 
     def validation_loader(self) -> Loader:
         """Load the held-out index once, in order.
@@ -150,8 +178,14 @@ def open_data(settings: RunSettings, source: ModelSource, world: World) -> RunDa
     return RunData(settings, source, world)
 
 
-def _open_checked(path: object, source: ModelSource) -> Index:
+def _open_checked(path: object, source: ModelSource, kind: Kind) -> Index:
     index = Index.open(str(path))
+    if index.meta.kind != kind:
+        wanted = "preference pairs" if kind == "preference" else "conversations"
+        raise ValueError(
+            f"index '{path}' is of kind '{index.meta.kind}', this stage trains on {wanted}: "
+            f"build one with `evovlm index --kind {kind}`"
+        )
     index.check_tokenizer(source.tokenizer)
     config = source.config
     index.check_model(config.decoder.vocab_size, config.vision.tile_size, config.tokens_per_tile)

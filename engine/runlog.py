@@ -24,12 +24,22 @@ from torch.utils.tensorboard import SummaryWriter
 def step_line(metrics: Mapping[str, Any]) -> str:
     """Format one step in the field's usual form."""
     return (
-        f"step {metrics['step']:>6} | loss {metrics['loss']:.4f} | grad norm {metrics['grad_norm']:.3f}"
-        f" | lr {metrics['lr']:.2e} | {metrics['tokens_per_second']:,.0f} tok/s"
+        f"step {metrics['step']:>6} | loss {metrics['loss']:.4f}{preference_line(metrics)}"
+        f" | grad norm {metrics['grad_norm']:.3f} | lr {metrics['lr']:.2e} | {metrics['tokens_per_second']:,.0f} tok/s"
         f" | {metrics['visual_tokens_per_second']:,.0f} visual tok/s | MFU {metrics['mfu']:.1%}"
         f" | load LLM {metrics['llm_imbalance']:.3f} ViT {metrics['vit_imbalance']:.3f}"
         f" | mem {metrics['peak_memory_gib_per_rank']:.2f} GiB | fill {metrics['pack_fill']:.1%}"
         f" | wait {metrics['data_wait']:.1%}"
+    )
+
+
+def preference_line(metrics: Mapping[str, Any]) -> str:
+    """What a step or a validation pass says of preference pairs, if there were any."""
+    if "rewards/margins" not in metrics:
+        return ""
+    return (
+        f" (DPO {metrics['dpo_loss']:.4f}, BCO {metrics['bco_loss']:.4f}, NLL {metrics['nll_loss']:.4f})"
+        f" | margin {metrics['rewards/margins']:+.3f}, {metrics['rewards/accuracies']:.0%} right"
     )
 
 
@@ -97,11 +107,13 @@ class RunLog:
         if self._progress:
             self._progress.update(self._task, completed=metrics["step"])
 
-    def validation(self, step: int, loss: float, tokens: int) -> None:
-        """Record a validation pass after ``step`` steps."""
+    def validation(self, step: int, loss: float, tokens: int, metrics: Mapping[str, float] | None = None) -> None:
+        """Record a validation pass after ``step`` steps, with the stage's own metrics."""
         if self.enabled:
-            self._record("val", {"step": step, "val_loss": loss})
-            self.message(f"step {step:>6} | validation loss {loss:.4f} over {tokens:,} supervised tokens")
+            own = dict(metrics or {})
+            self._record("val", {"step": step, "val_loss": loss, **{f"val_{name}": own[name] for name in own}})
+            said = preference_line(own)
+            self.message(f"step {step:>6} | validation loss {loss:.4f}{said} over {tokens:,} supervised tokens")
 
     def _record(self, group: str, metrics: Mapping[str, Any]) -> None:
         self._metrics.write(json.dumps(dict(metrics)) + "\n")

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from evovlm.data.curriculum import Phase
 from evovlm.engine.recompute import Recompute
-from evovlm.engine.stages import PretrainStage, SFTStage
+from evovlm.engine.stages import MPOStage, PretrainStage, SFTStage
 from evovlm.parallel.layout import Layout, ParallelPlan
 from evovlm.parallel.pipeline import Schedule
 
@@ -248,6 +248,28 @@ class KernelSettings(Settings):
     """Replay the LLM's compiled blocks as CUDA graphs, where their weights stay in place."""
 
 
+class ReferenceSettings(Settings):
+    """The reference model of stage ``mpo``: what the policy is compared with."""
+
+    mode: Literal["precompute", "resident"] = "precompute"
+    """``precompute``: one pass over the index before training, kept beside it, and no second model in memory;
+    ``resident``: a second, frozen model that scores each step."""
+    from_dir: Path | None = None
+    """Directory of the reference model; by default the weights that the run starts from."""
+    cache: Path | None = None
+    """File that the scores of ``precompute`` are kept in; by default one beside the index, named by what it holds."""
+    parallel: ParallelSettings | None = None
+    """Layouts of a ``resident`` reference model; by default those of the policy."""
+
+    @model_validator(mode="after")
+    def _fits_mode(self) -> "ReferenceSettings":
+        if self.mode == "precompute" and self.parallel is not None:
+            raise ValueError('[reference.parallel] lays out a resident model: set [reference] mode = "resident"')
+        if self.mode == "resident" and self.cache is not None:
+            raise ValueError('a resident reference model keeps no scores: drop cache, or set mode = "precompute"')
+        return self
+
+
 class CheckpointSettings(Settings):
     """When to save, and how much to keep."""
 
@@ -274,7 +296,7 @@ class RunSettings(Settings):
 
     out: Path
     """Run directory."""
-    stage: Annotated[PretrainStage | SFTStage, Field(discriminator="name")]
+    stage: Annotated[PretrainStage | SFTStage | MPOStage, Field(discriminator="name")]
     model: ModelSettings
     data: DataSettings
     optim: OptimSettings
@@ -287,6 +309,7 @@ class RunSettings(Settings):
     parallel: ParallelSettings = ParallelSettings()
     recompute: RecomputeSettings = RecomputeSettings()
     kernels: KernelSettings = KernelSettings()
+    reference: ReferenceSettings = ReferenceSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     log: LogSettings = LogSettings()
     validate_every: int = Field(0, ge=0)
@@ -302,4 +325,25 @@ class RunSettings(Settings):
             raise ValueError("give exactly one of: steps, epochs")
         if self.data.val_index is None and self.validate_every:
             raise ValueError("validate_every needs [data] val_index")
+        return self
+
+    @model_validator(mode="after")
+    def _preference(self) -> "RunSettings":
+        if self.stage.name != "mpo":
+            if self.reference != ReferenceSettings():
+                raise ValueError(f'[reference] belongs to stage "mpo", this is "{self.stage.name}": drop it')
+            return self
+        if self.data.long_samples == "split":
+            raise ValueError('a preference pair is never split over packs: set [data] long_samples = "skip" or "error"')
+        if self.reference.mode == "precompute" and self.stage.loss.needs_reference:
+            remedy = 'set [reference] mode = "resident"'
+            if self.model.drop_path:
+                raise ValueError(
+                    f"[model] drop_path = {self.model.drop_path}: scores of a reference model that were made before "
+                    f"know nothing of the paths that a step drops; set it to 0, or {remedy}"
+                )
+            if self.stage.v2pe.mode == "random":
+                raise ValueError(
+                    f'[stage.v2pe] mode = "random" draws strides anew at each visit; fix them, or {remedy}'
+                )
         return self

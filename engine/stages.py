@@ -1,10 +1,12 @@
 """What differs between the stages of training: small tables over one trainer.
 
-| | pretrain (native, spec §6.1) | sft |
-|---|---|---|
-| visual stride δ | drawn for each image from 1, 1/2, …, 1/256 | fixed 1/4, the best published |
-| language : multimodal tokens | 1 : 3 | as the data is |
-| loss weight of a token | 1/√n (square) | 1/√n (square) |
+| | pretrain (native, spec §6.1) | sft | mpo (spec §4) |
+|---|---|---|---|
+| index of | conversations | conversations | preference pairs |
+| visual stride δ | drawn for each image from 1, 1/2, …, 1/256 | fixed 1/4, the best published | fixed 1/4 |
+| language : multimodal tokens | 1 : 3 | as the data is | as the data is |
+| loss | cross-entropy | cross-entropy | DPO, BCO and cross-entropy of chosen answers |
+| loss weight of a token | 1/√n (square) | 1/√n (square) | 1 |
 """
 
 from typing import Literal
@@ -13,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from evovlm.data.batch import V2PESettings
 from evovlm.data.step_plan import LossWeighting
+from evovlm.engine.preference_loss import PreferenceLossSettings
 
 
 class Stage(BaseModel):
@@ -41,3 +44,15 @@ class SFTStage(Stage):
     name: Literal["sft"]
     v2pe: V2PESettings = V2PESettings(mode="fixed", delta=0.25)
     language_ratio: str = "natural"
+
+
+class MPOStage(Stage):
+    """Mixed preference optimisation on pairs of a chosen and a rejected answer."""
+
+    name: Literal["mpo"]
+    v2pe: V2PESettings = V2PESettings(mode="fixed", delta=0.25)
+    language_ratio: str = "natural"
+    weighting: Literal["token"] = "token"
+    """The cross-entropy of chosen answers is a mean over their tokens."""
+    loss: PreferenceLossSettings = PreferenceLossSettings()
+    """Terms of the loss, and their weights."""

@@ -1,6 +1,6 @@
 """The training loop of every stage: plan, load, step, record, validate, save, export.
 
-    RunSettings ─► index, mixture, planner ─► loader ─► Engine.train_step ─► RunLog
+    RunSettings ─► index, mixture, planner ─► loader ─► the stage's steps ─► RunLog
                                                            │ every n steps: validation loss, checkpoint
                                                            ▼ at the end
                                                        export/  (Hugging Face)
@@ -8,7 +8,6 @@
 ``evovlm train`` calls :func:`train`; a run that is interrupted and resumed writes the numbers of one that was not.
 """
 
-import math
 import signal
 import threading
 import time
@@ -18,22 +17,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from evovlm.data.step_batch import StepBatch
 from evovlm.data.step_plan import StepPlan, describe_outliers, imbalance
+from evovlm.engine.build import build_engine
 from evovlm.engine.checkpoint import drop_later, list_checkpoints, load_checkpoint, read_meta, save_checkpoint
 from evovlm.engine.engine import Engine
 from evovlm.engine.flops import forward_flops, peak_flops, training_flops
 from evovlm.engine.model_source import ModelSource, open_source
 from evovlm.engine.optimizer import lr_factor
-from evovlm.engine.options import EngineOptions
+from evovlm.engine.preference_run import PreferenceRun
 from evovlm.engine.run_data import RunData, open_data
 from evovlm.engine.runlog import RunLog, peak_memory_gib
 from evovlm.engine.runs import start_run
 from evovlm.engine.schedule import changes_of_data, dataset_entries
 from evovlm.engine.settings import DTYPES, RunSettings
+from evovlm.engine.steps import Steps, SupervisedSteps
 from evovlm.models.hf.names import Format
 from evovlm.models.hf.save import save_pretrained
-from evovlm.models.internvl import InternVL
 from evovlm.parallel.describe import describe_plan
 from evovlm.parallel.world import World
 
@@ -60,13 +59,21 @@ def train(settings: RunSettings, world: World, resume: str = "none") -> Path:
     source = open_source(settings.model, settings.seed)
     data = open_data(settings, source, world)
     checkpoint = _resume_point(settings.out, resume)
+    preference = PreferenceRun(settings, data, world) if settings.stage.name == "mpo" else None
+    if preference is not None:
+        source = preference.watch(source)
     engine = build_engine(settings, source, world)
+    # Before a checkpoint is loaded: the weights that the run starts from may be the reference.
+    steps: Steps = SupervisedSteps(engine) if preference is None else preference.steps(engine)
     identity = _identity(settings, source, data)
+    if preference is not None:
+        identity["reference"] = preference.identity
     start, changes = 0, []
     if checkpoint is not None:
         saved = read_meta(checkpoint)
         changes = changes_of_data(saved, identity)
         start = load_checkpoint(checkpoint, engine.pieces(), expected=_fixed(identity))
+        steps.restore(saved)
     if world.is_main:
         start_run(settings, source)
         data.cost_model.save(settings.out / "cost_model.json")
@@ -89,35 +96,11 @@ def train(settings: RunSettings, world: World, resume: str = "none") -> Path:
                 log.event(start, change)
             for path in drop_later(settings.out, start) if world.is_main else ():
                 log.message(f"deleted {path}, which this run has left behind")
-        finished = _Loop(settings, world, source, data, engine, identity, log, stop).run(start)
+        finished = _Loop(settings, world, source, data, engine, steps, identity, log, stop).run(start)
         if finished and settings.export != "none":
             export(engine, source, settings.out / "export", settings.export, settings.data.normalize)
             log.message(f"exported to {settings.out / 'export'} ({settings.export} format)")
     return settings.out
-
-
-def build_engine(settings: RunSettings, source: ModelSource, world: World) -> Engine:
-    """Build the engine that settings describe, filled with the source's weights."""
-    chosen = settings.parallel
-    return Engine.build(
-        lambda: InternVL(source.config),
-        chosen.plan(world.size),
-        world,
-        optim=settings.optim,
-        weights=source.weights,
-        options=EngineOptions(
-            precision=settings.precision,
-            recompute={"vit": settings.recompute.vit, "llm": settings.recompute.llm},
-            freeze=settings.model.freeze,
-            schedule=chosen.schedule,
-            virtual_stages=chosen.virtual_stages,
-            encode_tiles=chosen.encode_tiles,
-            encoder_activations=chosen.encoder_activations,
-            encoder_memory=chosen.encoder_memory,
-            min_unit=chosen.min_unit,
-            kernels=settings.kernels,
-        ),
-    )
 
 
 def export(engine: Engine, source: ModelSource, out: Path, format: Format, normalize: str) -> None:
@@ -149,12 +132,13 @@ class _Loop:
         source: ModelSource,
         data: RunData,
         engine: Engine,
+        steps: Steps,
         identity: dict[str, Any],
         log: RunLog,
         stop: threading.Event,
     ) -> None:
         self.settings, self.world, self.source, self.data = settings, world, source, data
-        self.engine, self.identity, self.log, self.stop = engine, identity, log, stop
+        self.engine, self.steps, self.identity, self.log, self.stop = engine, steps, identity, log, stop
         self.told = 0  # steps whose outliers were told
         self.saved = -1  # step of the last checkpoint of this process
         if settings.log.peak_tflops is not None:
@@ -175,9 +159,9 @@ class _Loop:
                 self.log.message(f"step {plan.step + 1:>6} | plan {digest} on all ranks")
             self._tell_outliers(plan)
             factor = lr_factor(plan.step, total, settings.optim)
-            result = self.engine.train_step(batch, plan.loss_denominator, factor)
+            result = self.steps.train_step(plan, batch, factor)
             seconds = time.perf_counter() - began
-            stopping = self._record(step, plan, asdict(result), factor, seconds, loader.wait_seconds)
+            stopping = self._record(step, plan, result, factor, seconds, loader.wait_seconds)
             if step < total:
                 if settings.validate_every and step % settings.validate_every == 0:
                     self._validate(step)
@@ -198,8 +182,8 @@ class _Loop:
         """Write the step's line; returns whether any rank was told to stop."""
         memory = peak_memory_gib(self.world.device)
         slowest, wait, memory, stopping = self.world.max([seconds, waited / seconds, memory, float(self.stop.is_set())])
-        lengths = plan.packs.lengths
-        forward = forward_flops(self.source.config, plan.num_tiles, lengths, plan.num_supervised)
+        packs = plan.packs
+        forward = forward_flops(self.source.config, plan.num_tiles, packs.lengths, plan.num_supervised, packs.squares)
         flops = training_flops(forward, self.settings.model.freeze)
         metrics = {
             "step": step,
@@ -236,16 +220,8 @@ class _Loop:
         self.log.message(f"step {plan.step + 1:>6} | {outliers}{last}")
 
     def _validate(self, step: int) -> None:
-        tokens = 0
-
-        def batches() -> Iterator[StepBatch]:
-            nonlocal tokens
-            for plan, batch in self.data.validation_loader():
-                tokens += plan.num_supervised
-                yield batch
-
-        loss, weight = self.engine.evaluate(batches())
-        self.log.validation(step, loss / weight if weight else math.nan, tokens)
+        found = self.steps.validate(self.data.validation_loader())
+        self.log.validation(step, found.loss, found.tokens, found.metrics)
 
     def _save(self, step: int) -> None:
         if step == self.saved:
@@ -257,7 +233,7 @@ class _Loop:
             step,
             self.engine.pieces(),
             self.world,
-            self.identity,
+            {**self.identity, **self.steps.state()},
             self.settings.checkpoint.keep,
         )
         self.log.message(f"saved {path} in {time.perf_counter() - began:.1f} s")

@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 import typer
 
 from evovlm.launch.cli_bench import bench_app
+from evovlm.launch.cli_preference import preference_app
 from evovlm.launch.heap import restart_with_heap
 from evovlm.launch.ranks import RankError, RankInfo, RunInterrupted, leave_error, start_ranks
 
@@ -48,6 +49,13 @@ class VerifyPrecision(StrEnum):
 
     FLOAT64 = "float64"
     FLOAT32 = "float32"
+
+
+class VerifyLoss(StrEnum):
+    """What the trainings that ``verify`` compares minimise."""
+
+    CROSS_ENTROPY = "cross_entropy"
+    MPO = "mpo"
 
 
 def _version(wanted: bool) -> None:
@@ -283,6 +291,9 @@ def verify(
     precision: Annotated[VerifyPrecision, typer.Option(help="Of the trainings that are compared.")] = (
         VerifyPrecision.FLOAT64
     ),
+    loss: Annotated[
+        VerifyLoss, typer.Option(help="Of the trainings: conversations, or preference pairs; a recipe says it itself.")
+    ] = VerifyLoss.CROSS_ENTROPY,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file, too.")] = None,
 ) -> None:
     """Check that every layout trains the same model.
@@ -293,11 +304,13 @@ def verify(
     from evovlm.launch import commands
 
     wanted: Literal["float32", "float64"] = "float64" if precision is VerifyPrecision.FLOAT64 else "float32"
-    if not commands.verify(recipe, context.args, plans or [], ranks, wanted, json_file):
+    of: Literal["cross_entropy", "mpo"] = "mpo" if loss is VerifyLoss.MPO else "cross_entropy"
+    if not commands.verify(recipe, context.args, plans or [], ranks, wanted, json_file, of):
         raise typer.Exit(1)
 
 
 app.add_typer(bench_app, name="bench")
+app.add_typer(preference_app, name="preference")
 
 
 @app.command()

@@ -115,6 +115,26 @@ def bench_train(
     bench_train.run(json_file, settings, text_only=text_only)
 
 
+@bench_app.command("mpo")
+def bench_mpo(
+    json_file: JsonFile = None,
+    pairs: Annotated[int, typer.Option(min=4, help="Preference pairs of an epoch, a multiple of 4.")] = 12,
+    repetitions: Annotated[int, typer.Option(min=1, help="How often each way is timed.")] = 2,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(min=1, max=4, help="Pairs of a forward pass of TRL's; repeatable: the best of them. [1, 2, 4]"),
+    ] = None,
+    trl: Annotated[bool, typer.Option("--trl/--no-trl", help="Compare with TRL's DPOTrainer.")] = True,
+) -> None:
+    """Mixed preference optimisation beside TRL's DPOTrainer, and what each idea gains (minutes)."""
+    from evovlm.launch import bench_mpo
+    from evovlm.launch.bench_mpo_pairs import Task
+
+    batches = (1, 2, 4) if batch is None else tuple(batch)
+    settings = bench_mpo.Settings(repetitions=repetitions, batches=batches, trl=trl)
+    bench_mpo.run(json_file, Task(num_pairs=pairs), settings)
+
+
 @bench_app.command("ops")
 def bench_ops(
     json_file: JsonFile = None,

@@ -162,13 +162,16 @@ def verify(
     ranks: int,
     precision: Literal["float32", "float64"],
     json_file: Path | None,
+    loss: Literal["cross_entropy", "mpo"],
 ) -> bool:
     """Compare layouts with one process; returns whether all are equal."""
     from evovlm.launch.verify import verify as run
 
     settings = run_settings(recipe, overrides) if recipe is not None else None
+    if settings is not None and settings.stage.name == "mpo":
+        loss = "mpo"
     me = RankInfo.from_environment()
-    return run(settings, me, patterns=patterns, ranks=ranks, precision=precision, json_file=json_file)
+    return run(settings, me, patterns=patterns, ranks=ranks, precision=precision, json_file=json_file, loss=loss)
 
 
 def plan(settings: "RunSettings", *, first: int, steps: int, num_ranks: int) -> None:

@@ -23,8 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from evovlm.engine.equality import SMALL, Difference, Trained, compare, make_steps, tied, train_alone, train_under
+from evovlm.engine.equality_pairs import make_pair_steps, train_pairs_alone, train_pairs_under
 from evovlm.engine.equality_plans import PlanCase, all_cases
 from evovlm.engine.layout_check import check_layouts
+from evovlm.engine.preference_loss import PreferenceLossSettings
 from evovlm.engine.settings import RunSettings
 from evovlm.launch.ranks import RankInfo, process_group
 from evovlm.launch.report import make_report
@@ -34,6 +36,7 @@ from evovlm.parallel.world import World
 TOLERANCE: dict[str, float] = {"float64": 1e-10, "float32": 1e-5}
 NUM_ROWS = 64
 Precision = Literal["float32", "float64"]
+Loss = Literal["cross_entropy", "mpo"]
 
 
 @dataclass(frozen=True)
@@ -101,27 +104,35 @@ def recipe_case(settings: RunSettings, ranks: int) -> PlanCase:
 class References:
     """Trainings in one process, each made when it is first needed."""
 
-    def __init__(self, precision: Precision) -> None:
-        self._precision, self._made = precision, dict[tuple[bool, int, tuple[str, ...]], Trained]()
+    def __init__(self, precision: Precision, loss: Loss) -> None:
+        self._precision, self._loss, self._made = precision, loss, dict[tuple[bool, int, tuple[str, ...]], Trained]()
 
     def of(self, case: PlanCase) -> Trained:
         """What a case is compared with."""
         key = (case.tied, case.num_packs, tuple(case.options.get("freeze", ())))
         if key not in self._made:
-            config, steps = (tied() if case.tied else SMALL), make_steps(num_packs=case.num_packs)
-            self._made[key] = train_alone(config, steps, freeze=key[2], precision=self._precision)
+            config, freeze, precision = (tied() if case.tied else SMALL), key[2], self._precision
+            if self._loss == "mpo":
+                pairs = make_pair_steps(config, num_packs=case.num_packs)
+                mpo = PreferenceLossSettings()
+                self._made[key] = train_pairs_alone(mpo, config, pairs, freeze=freeze, precision=precision)[0]
+            else:
+                steps = make_steps(config, num_packs=case.num_packs)
+                self._made[key] = train_alone(config, steps, freeze=freeze, precision=precision)
         return self._made[key]
 
 
-def run_forked(cases: Sequence[PlanCase], precision: Precision, timeout: float = 300.0) -> Iterator[Verdict]:
+def run_forked(
+    cases: Sequence[PlanCase], precision: Precision, loss: Loss = "cross_entropy", timeout: float = 300.0
+) -> Iterator[Verdict]:
     """Run cases one after another, each on ranks forked from this process."""
     torch.set_num_threads(1)  # ranks share the cores
-    references = References(precision)
+    references = References(precision, loss)
     for case in cases:
         began = time.perf_counter()
         theirs = references.of(case)
         try:
-            job = partial(_train, case, precision=precision)
+            job = partial(_train, case, precision=precision, loss=loss)
             ours: Trained | None = run_ranks(case.plan.size, job, timeout=timeout)[0]
             error = ""
         except RankFailedError as problem:
@@ -129,20 +140,25 @@ def run_forked(cases: Sequence[PlanCase], precision: Precision, timeout: float =
         yield _verdict(case, ours, theirs, time.perf_counter() - began, error, precision)
 
 
-def run_here(cases: Sequence[PlanCase], world: World, precision: Precision) -> Iterator[Verdict]:
+def run_here(
+    cases: Sequence[PlanCase], world: World, precision: Precision, loss: Loss = "cross_entropy"
+) -> Iterator[Verdict]:
     """Run cases on the ranks of this run; every rank calls this and iterates, verdicts are those of rank 0."""
-    references = References(precision)
+    references = References(precision, loss)
     for case in cases:
         began = time.perf_counter()
-        ours = _train(case, world, precision=precision)
+        ours = _train(case, world, precision=precision, loss=loss)
         if world.is_main:
             yield _verdict(case, ours, references.of(case), time.perf_counter() - began, "", precision)
         world.barrier()
 
 
-def _train(case: PlanCase, world: World, *, precision: Precision) -> Trained:
-    config, steps = (tied() if case.tied else SMALL), make_steps(num_packs=case.num_packs)
-    return train_under(case.plan, world, case.engine_options(precision=precision), config, steps)
+def _train(case: PlanCase, world: World, *, precision: Precision, loss: Loss) -> Trained:
+    config, options = (tied() if case.tied else SMALL), case.engine_options(precision=precision)
+    if loss == "mpo":
+        pairs = make_pair_steps(config, num_packs=case.num_packs)
+        return train_pairs_under(PreferenceLossSettings(), case.plan, world, options, config, pairs)[0]
+    return train_under(case.plan, world, options, config, make_steps(config, num_packs=case.num_packs))
 
 
 def _verdict(
@@ -161,6 +177,7 @@ def verify(
     ranks: int,
     precision: Precision,
     json_file: Path | None,
+    loss: Loss = "cross_entropy",
 ) -> bool:
     """Run the matrix, or a recipe's own plan, and print the table; returns whether everything is equal.
 
@@ -171,6 +188,7 @@ def verify(
         ranks: Most ranks to fork.
         precision: Of the trainings.
         json_file: Where to write the results, too.
+        loss: Of the trainings: on conversations, or on preference pairs.
 
     Raises:
         ValueError: No such plan, or a recipe that does not fit.
@@ -182,15 +200,20 @@ def verify(
     with suppress(KeyboardInterrupt):
         if launched:
             with process_group(me) as world:
-                for verdict in run_here(cases, world, precision):
+                for verdict in run_here(cases, world, precision, loss):
                     _progress(verdicts, verdict, len(cases))
         else:
-            for verdict in run_forked(cases, precision):
+            for verdict in run_forked(cases, precision, loss):
                 _progress(verdicts, verdict, len(cases))
     if me.rank:
         return True
     _print(verdicts, precision)
-    results = {"precision": precision, "tolerance": TOLERANCE[precision], "plans": [asdict(v) for v in verdicts]}
+    results = {
+        "loss": loss,
+        "precision": precision,
+        "tolerance": TOLERANCE[precision],
+        "plans": [asdict(v) for v in verdicts],
+    }
     make_report("verify", {"ranks": "launched" if launched else "forked", **results}, json_file)
     return len(verdicts) == len(cases) and all(verdict.passed for verdict in verdicts)
 

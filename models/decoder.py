@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from evovlm.csrc.ops import packed_attention, rotary_frequencies, rotary_qk_, scatter_rows, scatter_rows_, swiglu
+from evovlm.csrc.prefixes import list_prefixes
 from evovlm.models.config import DecoderConfig
 from evovlm.models.vit import RMSNorm
 
@@ -29,20 +30,28 @@ class Attend(Protocol):
 
 
 class PackedAttend:
-    """Causal attention inside each segment of a pack.
+    """Causal attention inside each segment of a pack, and of some queries to a shared prefix.
 
     Args:
         cu_seqlens: int32 ``[S + 1]`` on the host, segment borders from 0 to T.
+        prefixes: int32 ``[n, 4]`` on the host, rows of the pack (query start, query end, key start, key end): queries
+            that see all these keys besides their segment.
+
+    Raises:
+        ValueError: Borders or prefixes are on a device, or prefixes do not fit the segments.
     """
 
-    def __init__(self, cu_seqlens: Tensor) -> None:
+    def __init__(self, cu_seqlens: Tensor, prefixes: Tensor | None = None) -> None:
         if cu_seqlens.device.type != "cpu":
             raise ValueError("cu_seqlens must stay on the host: reading it from a device would stall every layer")
         self.cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
+        self.prefixes: Tensor | None = None
+        if prefixes is not None and len(prefixes):
+            self.prefixes = torch.tensor(list_prefixes(prefixes, cu_seqlens.tolist()), dtype=torch.int32)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG002 - the protocol's name
         """Attend; see :func:`evovlm.csrc.ops.packed_attention`."""
-        return packed_attention(q, k, v, self.cu_seqlens)
+        return packed_attention(q, k, v, self.cu_seqlens, prefixes=self.prefixes)
 
 
 class DecoderAttention(nn.Module):

@@ -59,6 +59,7 @@ class InternVL(nn.Module):
         visual_rows: Tensor,
         tile_keys: Tensor | None = None,
         *,
+        prefixes: Tensor | None = None,
         head: Head | None = None,
     ) -> Tensor:
         """Run one pack.
@@ -70,13 +71,14 @@ class InternVL(nn.Module):
             tiles: ``[N, 3, S, S]``, N ≥ 0.
             visual_rows: int64 ``[N·tokens_per_tile]``, the rows that the tiles' visual tokens fill, in tile order.
             tile_keys: int64 ``[N]``, keys of drop path (training only).
+            prefixes: int32 ``[n, 4]`` on the host, shared prefixes: see :class:`evovlm.models.decoder.PackedAttend`.
             head: What to make of hidden states and head weight, such as a loss that never holds all logits.
 
         Returns:
             What ``head`` returns; without one the logits ``[T, V]``.
 
         Raises:
-            ValueError: Tiles and visual rows do not match.
+            ValueError: Tiles and visual rows do not match, or prefixes do not fit the segments.
         """
         visual = self.encode(tiles, tile_keys)
         if visual_rows.shape[0] != visual.shape[0]:
@@ -85,6 +87,6 @@ class InternVL(nn.Module):
                 "tiles and their places come from different plans"
             )
         made: Tensor = self.language_model(
-            tokens, positions, PackedAttend(cu_seqlens), visual=(visual_rows, visual), head=head or F.linear
+            tokens, positions, PackedAttend(cu_seqlens, prefixes), visual=(visual_rows, visual), head=head or F.linear
         )
         return made

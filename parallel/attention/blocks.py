@@ -12,6 +12,9 @@
             7  . .  . .  . r  c c
 
 Rows are counted as a rank holds them: first its earlier chunk, then its later one.
+
+A shared prefix (queries that see all of an earlier stretch of keys besides their segment) is a rectangle of the pack:
+each pair of chunks, also a chunk with itself, gets the part of it that falls between them.
 """
 
 from bisect import bisect_right
@@ -19,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from evovlm.csrc.prefixes import Rectangle
 from evovlm.parallel.sequence import SequenceShards
 
 
@@ -71,7 +75,13 @@ def check_borders(borders: Sequence[int], num_rows: int) -> None:
             raise ValueError(f"segment {number} of the pack reaches from row {start} to {end}: it has no rows")
 
 
-def blocks_between(borders: Sequence[int], shards: SequenceShards, query_rank: int, key_rank: int) -> list[Block]:
+def blocks_between(
+    borders: Sequence[int],
+    shards: SequenceShards,
+    query_rank: int,
+    key_rank: int,
+    prefixes: Sequence[Rectangle] = (),
+) -> list[Block]:
     """The blocks of one ring rank's queries with another's keys; causal squares come first.
 
     Args:
@@ -79,6 +89,8 @@ def blocks_between(borders: Sequence[int], shards: SequenceShards, query_rank: i
         shards: The split of the pack.
         query_rank: cp coordinate of the holder of the queries.
         key_rank: cp coordinate of the holder of the keys and values.
+        prefixes: Rectangles of the pack (query start, query end, key start, key end), as
+            :func:`evovlm.csrc.prefixes.list_prefixes` checks them.
 
     Returns:
         Blocks that do not overlap; rows are local to the two ranks' ``[T / cp]``.
@@ -87,24 +99,26 @@ def blocks_between(borders: Sequence[int], shards: SequenceShards, query_rank: i
     rectangles: list[Block] = []
     for query_slot, query_chunk in enumerate(_chunks(shards, query_rank)):
         for key_slot, key_chunk in enumerate(_chunks(shards, key_rank)):
+            if key_chunk > query_chunk:
+                continue
+            queries, keys = query_chunk * shards.chunk, key_chunk * shards.chunk
             # From rows of the pack to rows of the rank.
-            to_query, to_key = (
-                (slot - chunk) * shards.chunk for slot, chunk in ((query_slot, query_chunk), (key_slot, key_chunk))
-            )
+            to_query, to_key = query_slot * shards.chunk - queries, key_slot * shards.chunk - keys
             if key_chunk == query_chunk:
                 squares += [
                     Block(start + to_query, end + to_query, start + to_key, end + to_key, causal=True)
-                    for start, end in _segments_inside(
-                        borders, key_chunk * shards.chunk, (key_chunk + 1) * shards.chunk
-                    )
+                    for start, end in _segments_inside(borders, keys, keys + shards.chunk)
                 ]
-            elif key_chunk < query_chunk:
-                queries, keys = query_chunk * shards.chunk, key_chunk * shards.chunk
+                seen = list(prefixes)
+            else:
                 segment = bisect_right(borders, queries) - 1
-                start, end = max(borders[segment], keys), min(borders[segment + 1], queries + shards.chunk)
-                if start < keys + shards.chunk:
+                seen = [(queries, borders[segment + 1], borders[segment], keys + shards.chunk), *prefixes]
+            for query_start, query_end, key_start, key_end in seen:
+                query_start, query_end = max(query_start, queries), min(query_end, queries + shards.chunk)
+                key_start, key_end = max(key_start, keys), min(key_end, keys + shards.chunk)
+                if query_start < query_end and key_start < key_end:
                     block = Block(
-                        queries + to_query, end + to_query, start + to_key, keys + shards.chunk + to_key, causal=False
+                        query_start + to_query, query_end + to_query, key_start + to_key, key_end + to_key, causal=False
                     )
                     _append(rectangles, block)
     return squares + rectangles

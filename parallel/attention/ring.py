@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from evovlm.csrc.ops import attention_block, attention_block_backward
+from evovlm.csrc.ops import attention_block, attention_block_backward, merge_attention_
 from evovlm.parallel.attention.blocks import Block
 
 
@@ -145,7 +145,7 @@ class _RingAttention(torch.autograd.Function):
                 if block.causal:  # the first that these queries meet
                     merged[block.queries], lse[:, block.queries] = part, part_lse
                 else:
-                    _merge(merged[block.queries], lse[:, block.queries], part, part_lse)
+                    merge_attention_(merged[block.queries], lse[:, block.queries], part, part_lse)
         out = merged.to(qkv.dtype)
         ctx.save_for_backward(qkv, out, lse)
         return out
@@ -184,12 +184,6 @@ class _RingAttention(torch.autograd.Function):
         assert cycle_sum is not None  # a ring has steps
         home = _homeward(ring, home, ring.inner.start(cycle_sum).land())
         return torch.cat((dq, home.land()), dim=1).to(qkv.dtype), None, None, None
-
-
-def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Add the keys behind ``part`` to those behind ``out``, in place: their average, weighted by the denominators."""
-    out.lerp_(part.to(out.dtype), torch.sigmoid(part_lse - lse).T[..., None])
-    torch.logaddexp(lse, part_lse, out=lse)
 
 
 def _homeward(ring: Ring, home: Flight | None, cycle_sum: Tensor) -> Flight:

@@ -142,8 +142,10 @@ def segments(pack: Pack, batch: MicroBatch) -> Iterator[tuple[int, int, int, int
 
 
 def equal(a: MicroBatch, b: MicroBatch) -> bool:
-    return all(
-        torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(vars(a).values(), vars(b).values(), strict=True)
+    """Whether two packs are the same; ``pairs`` field by field."""
+    x, y = ({**vars(m), "pairs": None, **(vars(m.pairs) if m.pairs else {})} for m in (a, b))
+    return x.keys() == y.keys() and all(
+        torch.equal(x[name], y[name]) and x[name].dtype == y[name].dtype for name in x if name != "pairs"
     )
 
 

@@ -41,7 +41,9 @@ class FakeIndex:
     samples: NDArray[np.void]
     images: NDArray[np.void]
     datasets: tuple[DatasetInfo, ...]
-    meta: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(tokens_per_tile=TOKENS_PER_TILE))
+    meta: SimpleNamespace = field(
+        default_factory=lambda: SimpleNamespace(tokens_per_tile=TOKENS_PER_TILE, kind="conversations")
+    )
 
     def name(self, sample: int) -> str:
         return f"{self.datasets[int(self.samples['dataset'][sample])].name}/{int(self.samples['line'][sample])}"

@@ -31,9 +31,13 @@ def test_shapes_and_dtypes(index: Index, tokenizer: Tokenizer) -> None:
     plan, batches = load_step(index, tokenizer, DataLayout(2, 4))
     for pack, batch in zip(plan.packs, batches, strict=True):
         n = pack.num_tiles
+        assert batch.pairs is None
         assert {
-            name: (value.dtype, tuple(value.shape)) for name, value in vars(batch).items() if name != "cu_seqlens"
+            name: (value.dtype, tuple(value.shape))
+            for name, value in vars(batch).items()
+            if name not in ("cu_seqlens", "pairs")
         } == {
+            "prefixes": (torch.int32, (0, 4)),
             "tokens": (torch.int64, (T,)),
             "labels": (torch.int64, (T,)),
             "weights": (torch.float32, (T,)),

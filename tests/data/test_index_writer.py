@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -18,21 +19,24 @@ from evovlm.data.index_format import (
     IMAGE,
     IMAGE_FILES,
     SAMPLE,
-    SAMPLE_FILES,
     DatasetInfo,
     IndexMeta,
+    Kind,
     TokenSource,
+    sample_dtype,
+    sample_files,
 )
 from evovlm.data.index_writer import Chunk, IndexWriter, Skip, Totals
 
 COUNTS = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 3)), min_size=1, max_size=12)
 """Stored tokens and images of each sample."""
+KINDS = st.sampled_from(get_args(Kind))
 
 
-def whole(counts: Sequence[tuple[int, int]], seed: int = 0) -> Chunk:
+def whole(counts: Sequence[tuple[int, int]], seed: int = 0, kind: Kind = "conversations") -> Chunk:
     """All samples as one chunk: every field has a value of its own, as large as its file allows."""
     rng = np.random.default_rng(seed)
-    samples = _random_rows(SAMPLE, len(counts), SAMPLE_FILES, rng)
+    samples = _random_rows(sample_dtype(kind), len(counts), sample_files(kind), rng)
     samples["num_stored"], samples["num_images"] = np.array(counts).T
     samples["token_offset"] = np.cumsum(samples["num_stored"]) - samples["num_stored"]
     samples["first_image"] = np.cumsum(samples["num_images"]) - samples["num_images"]
@@ -78,18 +82,18 @@ def cut(chunk: Chunk, borders: Sequence[int]) -> list[Chunk]:
     return parts
 
 
-def write(folder: Path, chunks: Sequence[Chunk]) -> Path:
+def write(folder: Path, chunks: Sequence[Chunk], kind: Kind = "conversations") -> Path:
     """An index of one dataset, number 3 of source 0."""
-    with IndexWriter(folder) as writer:
+    with IndexWriter(folder, kind) as writer:
         totals = Totals()
         for chunk in chunks:
             writer.append(chunk, dataset=3, dataset_name="d", source=0)
             totals.add(chunk)
-        writer.finish(describe(writer, totals))
+        writer.finish(describe(writer, totals, kind))
     return folder
 
 
-def describe(writer: IndexWriter, totals: Totals) -> IndexMeta:
+def describe(writer: IndexWriter, totals: Totals, kind: Kind) -> IndexMeta:
     info = DatasetInfo(
         name="d",
         kind="multimodal",
@@ -111,6 +115,7 @@ def describe(writer: IndexWriter, totals: Totals) -> IndexMeta:
     )
     return IndexMeta(
         format_version=FORMAT_VERSION,
+        kind=kind,
         tokenizer_fingerprint="",
         vocab_size=10,
         tile_size=28,
@@ -139,24 +144,26 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(counts=COUNTS, data=st.data())
+@given(counts=COUNTS, kind=KINDS, data=st.data())
 def test_the_bytes_do_not_depend_on_chunks(
-    tmp_path_factory: pytest.TempPathFactory, counts: list[tuple[int, int]], data: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory, counts: list[tuple[int, int]], kind: Kind, data: st.DataObject
 ) -> None:
     folder = tmp_path_factory.mktemp("writer")
-    chunk = whole(counts)
+    chunk = whole(counts, kind=kind)
     borders = data.draw(st.lists(st.integers(0, len(counts)), max_size=6), label="chunk borders")
-    assert files_of(write(folder / "one", [chunk])) == files_of(write(folder / "many", cut(chunk, borders)))
+    one, many = write(folder / "one", [chunk], kind), write(folder / "many", cut(chunk, borders), kind)
+    assert files_of(one) == files_of(many)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(counts=COUNTS, data=st.data())
+@given(counts=COUNTS, kind=KINDS, data=st.data())
 def test_what_is_read_is_what_was_written(
-    tmp_path_factory: pytest.TempPathFactory, counts: list[tuple[int, int]], data: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory, counts: list[tuple[int, int]], kind: Kind, data: st.DataObject
 ) -> None:
-    chunk = whole(counts, seed=len(counts))
+    chunk = whole(counts, seed=len(counts), kind=kind)
     borders = data.draw(st.lists(st.integers(0, len(counts)), max_size=3), label="chunk borders")
-    index = Index.open(write(tmp_path_factory.mktemp("writer") / "index", cut(chunk, borders)))
+    index = Index.open(write(tmp_path_factory.mktemp("writer") / "index", cut(chunk, borders), kind))
+    assert index.meta.kind == kind
     chunk.samples["dataset"], chunk.samples["token_source"] = 3, 0
     for table, rows in ((index.samples, chunk.samples), (index.images, chunk.images)):
         assert len(table) == len(rows)

@@ -154,6 +154,7 @@ def test_grounding_boxes_stay_as_they_are() -> None:
         (b'{"conversations": "\xff"}', Reason.BROKEN_JSON, "not valid JSON"),
         ("[1]", Reason.BROKEN_JSON, "JSON list, not an object"),
         (line(("human", "\ud83d"), ANSWER), Reason.BROKEN_JSON, "turn 1 holds half a surrogate pair"),
+        ('{"question": "Q", "chosen": "A"}', Reason.OTHER_KIND, "a preference pair, .* with `--kind preference`"),
         ("{}", Reason.CONVERSATION, "'conversations' must be a list of at least one turn"),
         ('{"conversations": []}', Reason.CONVERSATION, "at least one turn"),
         ('{"conversations": ["hi"]}', Reason.CONVERSATION, "turn 1 must be an object"),

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from evovlm.data.batch import Pairs
 from evovlm.data.share_out import WholePack, share_out
 from evovlm.data.step_batch import StepBatch
 from evovlm.parallel.layout import Layout, ParallelPlan
@@ -129,6 +130,24 @@ def test_tiles_of_a_pack_may_fill_rows_in_any_order() -> None:
     moved = replace(pack, visual_rows=pack.visual_rows.reshape(3, PER_TILE)[[2, 0, 1]].flatten())
     arrived = exchange(parallel_plan(1, cp=2), parts([moved], parallel_plan(1, cp=2)), T, 1)[0, 0]
     assert arrived[: 3 * PER_TILE : PER_TILE, 0].tolist() == pack.tile_keys[[1, 2, 0]].tolist()
+
+
+def of_pairs(pack: WholePack, numbers: Sequence[int]) -> WholePack:
+    """The pack as one of preference pairs, told by their numbers alone."""
+    none = torch.full((T,), -1)
+    return replace(pack, pairs=Pairs(torch.tensor(numbers) + 7, torch.tensor(numbers), none, none))
+
+
+def test_pairs_stay_with_their_packs() -> None:
+    plan = parallel_plan(1, dp=2)
+    packs = [of_pairs(make_pack(i, [i + 1]), numbers) for i, numbers in enumerate([(1, 2), (0,), (), (4, 3)])]
+    for rank, batch in enumerate(parts(packs, plan)):
+        assert all(a is b for a, b in zip(batch.packs, packs[rank::2], strict=True))
+    other = make_pack(9, [])
+    with pytest.raises(ValueError, match=r"3 of 4 packs are of preference pairs"):
+        share_out([*packs[:3], other], plan, 0, PER_TILE)
+    with pytest.raises(ValueError, match=r"4 preference pairs have 3 different numbers from 0 to 3: .* each once"):
+        share_out([of_pairs(other, (0, 1)), of_pairs(other, (1, 3))], plan, 0, PER_TILE)
 
 
 def test_packs_that_cannot_be_shared_out_are_errors() -> None:

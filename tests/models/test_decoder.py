@@ -50,6 +50,57 @@ def test_a_pack_equals_its_segments(decoder: Decoder, lengths: list[int], seed: 
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-12)
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 9), st.lists(st.integers(1, 6), min_size=1, max_size=4), st.integers(0, 100))
+def test_branches_behind_one_prefix_equal_each_behind_its_own(
+    decoder: Decoder, prefix: int, branches: list[int], seed: int
+) -> None:
+    """Logits of the branches, and the gradient of every parameter; another segment follows."""
+    tokens, _, borders = packed([prefix, *branches, 3], seed)
+    parts = [torch.arange(n, dtype=torch.float64) for n in (prefix, *branches, 3)]
+    positions = torch.cat([parts[0], *(part + prefix for part in parts[1:-1]), parts[-1]])
+    end = borders[-2].item()
+    prefixes = torch.tensor([[prefix, end, 0, prefix]], dtype=torch.int32)
+    together = decoder(tokens, positions, PackedAttend(borders, prefixes), head=F.linear)
+    alone = []
+    for a, b in pairwise(borders[1:-1].tolist()):
+        rows = [*range(prefix), *range(a, b)]
+        cu = torch.tensor([0, len(rows)], dtype=torch.int32)
+        alone.append(logits(decoder, tokens[rows], positions[rows], cu)[prefix:])
+    expected = torch.cat(alone)
+    torch.testing.assert_close(together[prefix:end], expected, rtol=0, atol=1e-12)
+    weight = torch.linspace(-1, 1, expected.numel(), dtype=torch.float64).view_as(expected)
+    parameters = list(decoder.parameters())
+    found, wanted = (
+        torch.autograd.grad((made * weight).sum(), parameters) for made in (together[prefix:end], expected)
+    )
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+def test_a_model_passes_prefixes_on(small_config: InternVLConfig, make_model: MakeModel) -> None:
+    model = make_model(small_config)
+    tokens, positions, borders = packed([5, 3, 4])
+    size = small_config.vision.tile_size
+    tiles = torch.zeros(0, 3, size, size, dtype=torch.float64)
+    no_rows = torch.zeros(0, dtype=torch.int64)
+    prefixes = torch.tensor([[5, 12, 0, 5]], dtype=torch.int32)
+    got = model(tokens, positions, borders, tiles, no_rows, prefixes=prefixes)
+    attend = PackedAttend(borders, prefixes)
+    assert torch.equal(got, model.language_model(tokens, positions, attend, head=F.linear))
+    assert not torch.allclose(got, model(tokens, positions, borders, tiles, no_rows))
+    none = model(tokens, positions, borders, tiles, no_rows, prefixes=prefixes[:0])
+    assert torch.equal(none, model(tokens, positions, borders, tiles, no_rows))
+
+
+def test_prefixes_that_do_not_fit_the_segments_are_refused() -> None:
+    borders = torch.tensor([0, 5, 12], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"prefix 0 .* must come after its keys"):
+        PackedAttend(borders, torch.tensor([[4, 12, 0, 5]]))
+    with pytest.raises(ValueError, match="prefixes must stay on the host"):
+        PackedAttend(borders, torch.zeros(1, 4, dtype=torch.int32, device="meta"))
+
+
 def test_attention_is_an_argument(decoder: Decoder) -> None:
     tokens, positions, borders = packed([4, 6])
     calls: list[int] = []

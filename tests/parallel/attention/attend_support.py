@@ -35,6 +35,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     recompute: Literal["none", "selective", "full"] = "none"
     strided: bool = False
+    prefixes: tuple[tuple[int, int, int, int], ...] = ()
 
     def inputs(self) -> list[Tensor]:
         """Whole q, k, v and the gradient of the output, float64."""
@@ -77,7 +78,9 @@ def attend_rows(mesh: ModuleMesh, case: Case) -> list[Tensor]:
     q, k, v = (leaf.transpose(0, 2) if case.strided else leaf for leaf in leaves)
     if case.strided:
         grad = grad.transpose(0, 2).contiguous().transpose(0, 2)
-    attend = ShardedAttend(case.borders, case.shards(), mesh.place, mesh.groups, window=case.layout.window)
+    attend = ShardedAttend(
+        case.borders, case.shards(), mesh.place, mesh.groups, window=case.layout.window, prefixes=case.prefixes
+    )
     if case.recompute == "none":
         out = attend(0, q, k, v)
     else:
@@ -119,6 +122,8 @@ def reference(case: Case) -> list[Tensor]:
     leaves = [x.requires_grad_() for x in (q, k, v)]
     segments = torch.bucketize(torch.arange(len(q)), torch.tensor(case.borders[1:]), right=True)
     forbidden = (segments[:, None] != segments[None]) | torch.ones(len(q), len(q), dtype=torch.bool).triu(1)
+    for query_start, query_end, key_start, key_end in case.prefixes:
+        forbidden[query_start:query_end, key_start:key_end] = False
     k, v = (x.repeat_interleave(case.num_heads // case.num_kv_heads, dim=1) for x in leaves[1:])
     scores = torch.einsum("nad,mad->anm", leaves[0], k) / HEAD_DIM**0.5
     out = torch.einsum("anm,mad->nad", scores.masked_fill(forbidden, float("-inf")).softmax(-1), v)

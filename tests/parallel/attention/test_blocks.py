@@ -1,5 +1,7 @@
 """The lists of work cover the causal pairs of every segment, each exactly once, for any pack and any ring."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,6 +10,8 @@ from hypothesis import strategies as st
 from evovlm.parallel.attention import blocks_between
 from evovlm.parallel.attention.blocks import check_borders
 from evovlm.parallel.sequence import SequenceShards
+
+from ...csrc.prefix_support import PrefixPack, prefix_packs
 
 
 @st.composite
@@ -25,22 +29,48 @@ def same_segment(borders: list[int], num_rows: int) -> np.ndarray:
     return np.tril(segments[:, None] == segments[None])
 
 
-@given(packs())
-def test_every_causal_pair_of_a_segment_is_computed_once_and_no_other(pack: tuple[list[int], SequenceShards]) -> None:
-    borders, shards = pack
+def assert_computed_once(
+    allowed: np.ndarray,
+    borders: list[int],
+    shards: SequenceShards,
+    prefixes: Sequence[tuple[int, int, int, int]] = (),
+) -> None:
+    """The blocks of all pairs of ranks hold each (query, key) that is allowed once, and no other."""
     computed = np.zeros((shards.num_rows, shards.num_rows), dtype=int)
     num_pairs = 0
     for query_rank in range(shards.cp):
         for key_rank in range(shards.cp):
             query_rows, key_rows = shards.ring_rows(query_rank), shards.ring_rows(key_rank)
-            for block in blocks_between(borders, shards, query_rank, key_rank):
+            for block in blocks_between(borders, shards, query_rank, key_rank, prefixes):
                 queries, keys = query_rows[block.queries], key_rows[block.keys]
                 area = np.ones((len(queries), len(keys)), dtype=int)
                 computed[np.ix_(queries, keys)] += np.tril(area) if block.causal else area
                 num_pairs += block.num_pairs
-    allowed = same_segment(borders, shards.num_rows)
     np.testing.assert_array_equal(computed, allowed)
     assert num_pairs == allowed.sum()
+
+
+@st.composite
+def packs_with_prefixes(draw: st.DrawFn) -> tuple[PrefixPack, SequenceShards]:
+    """Long prefixes over many chunks, and several small groups within one."""
+    cp, chunk = draw(st.integers(1, 8)), draw(st.sampled_from([1, 2, 3, 7, 20]))
+    rows = 2 * cp * chunk
+    return draw(prefix_packs(rows, longest=max(3, rows // 2))), SequenceShards(rows, cp=cp)
+
+
+@given(packs())
+def test_every_causal_pair_of_a_segment_is_computed_once_and_no_other(pack: tuple[list[int], SequenceShards]) -> None:
+    borders, shards = pack
+    assert_computed_once(same_segment(borders, shards.num_rows), borders, shards)
+
+
+@given(packs_with_prefixes())
+def test_every_pair_of_a_prefix_is_computed_once_too(pack: tuple[PrefixPack, SequenceShards]) -> None:
+    shared, shards = pack
+    assert_computed_once(shared.allowed.numpy(), shared.borders, shards, shared.prefixes)
+    for rank in range(shards.cp):
+        own = [block.causal for block in blocks_between(shared.borders, shards, rank, rank, shared.prefixes)]
+        assert own == sorted(own, reverse=True)  # squares first
 
 
 @given(packs())
