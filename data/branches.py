@@ -114,7 +114,6 @@ def squared_lengths(
     Returns:
         int64 [n].
     """
-    rejected_from = rejected_at.astype(np.int64)
     # (p + c + r)² less what the two branches do not see of each other.
-    squares: NDArray[np.int64] = lengths**2 - 2 * (rejected_from - chosen_at) * (lengths - rejected_from)
+    squares: NDArray[np.int64] = lengths**2 - 2 * (lengths - rejected_at) * (rejected_at - chosen_at)
     return squares

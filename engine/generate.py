@@ -306,7 +306,8 @@ class _Batch:
             if id(self.rows[row]) in ended:
                 last = self.rows.pop()
                 if row < len(self.rows):
-                    self.answers.move(len(self.rows), row, last.fed)
+                    if last.fed:  # one that has just entered may have no room yet
+                        self.answers.move(len(self.rows), row, last.fed)
                     self.rows[row] = last
         for group in reversed(self.groups.copy()):
             if not group.left:

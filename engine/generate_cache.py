@@ -29,6 +29,7 @@ class KVSlots:
     """
 
     def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self.queries = config.num_heads // config.num_kv_heads  # R
         empty = (2, 0, config.num_kv_heads, 0, config.head_dim)
         self.layers = [torch.zeros(empty, dtype=dtype, device=device) for _ in range(config.num_layers)]
 
@@ -109,7 +110,8 @@ class StepAttend:
         self.meeting: _Meeting | None = None
         if list(slots) != list(range(len(slots))):
             self.meeting = _Meeting(slots, device)
-            self.mask = self.meeting.gather(self.mask)  # [G, 1, n, P + O]; else [B, 1, 1, P + O]
+            # [G, 1, n·R, P + O]; else [B, 1, 1, P + O]
+            self.mask = self.meeting.gather(self.mask.expand(-1, -1, answers.queries, -1))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write keys and values ``[B, K, D]`` of the new tokens, then attend with queries ``[B, A, D]``."""
@@ -122,11 +124,10 @@ class StepAttend:
 
         meeting, P = self.meeting, self.num_seen
         q = (q * D**-0.5).view(B, K, -1, D)
-        own, at_prompt, mask = q @ keys.transpose(-1, -2), q, self.mask
+        own, at_prompt = q @ keys.transpose(-1, -2), q
         if meeting is not None:
             own, at_prompt = meeting.gather(own), meeting.gather(q)
-            mask = mask.repeat_interleave(q.shape[2], 2)
-        scores = torch.cat([at_prompt @ prompt_keys.transpose(-1, -2), own], dim=-1) + mask
+        scores = torch.cat([at_prompt @ prompt_keys.transpose(-1, -2), own], dim=-1) + self.mask
         weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
         from_prompt, own = weights[..., :P] @ prompt_values, weights[..., P:]
         if meeting is not None:

@@ -29,6 +29,7 @@ _KEPT = {
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
     "evovlm::attention",
+    "evovlm::prefix_attention",
     "torch_attn::_varlen_attn",
     "flash_attn::_flash_attn_varlen_forward",
     "flash_attn_3::fwd",

@@ -7,15 +7,16 @@
     log π_ref and first losses equal to 1e-4, or an error ◄─────┤
     each of our ideas off in turn ◄─────────────────────────────┘ (``bench_mpo_switches``)
 
-Everything runs in one process with all of its threads: TRL on two ranks was slower, whose tiles nothing balances. TRL
-first trains a few pairs at each batch size, and the fastest one competes; so does the faster of its two kinds of
-reference model where the reference counts. Both sides see a pair's images decoded: TRL's are prepared before the clock
-starts, ours are decoded by the loader while it runs. TRL's ``bco_pair`` has no running shift δ; ours has, at no cost.
-On a CPU, TRL's chunked output head scores every row of the prompts, too; on CUDA only those of answers.
+Everything runs in one process with all of its threads: on two ranks TRL was slower, whose tiles nothing balances. In
+the first round TRL trains at each batch size, and the fastest ones of training and of scoring go on. Where the
+reference counts, the faster of its two kinds of reference model competes. Both sides see decoded images: TRL's are
+decoded before the clock starts, ours by the loader while it runs. TRL's ``bco_pair`` has no running shift δ; ours has,
+at no cost. On a CPU, TRL passes all rows through its output head, prompts included, on CUDA only those of answers: it is
+timed in both ways.
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,8 @@ SWITCHES = {
     "one pair in a pack": Switches(packed=False),
 }
 """Our ways: with everything, and with ideas off."""
+PRECOMPUTED, RESIDENT, ANSWER_ROWS = "precomputed reference", "resident reference", "precomputed, head on answers"
+"""TRL's ways."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,12 @@ class Settings:
         repetitions: How often each way is timed.
         step_pairs: Pairs of an optimizer step of TRL's; ours takes packs, of about as many.
         batches: Pairs of a forward pass of TRL's among which the fastest is chosen.
-        tune_pairs: Pairs that are trained on to choose it.
         trl: Compare with TRL.
     """
 
     repetitions: int = 2
     step_pairs: int = 4
     batches: tuple[int, ...] = (1, 2, 4)
-    tune_pairs: int = 4
     trl: bool = True
 
     def check(self, num_pairs: int) -> None:
@@ -74,7 +75,7 @@ class Settings:
         if self.trl:
             check_installed()
         for batch in self.batches:
-            if self.step_pairs % batch or num_pairs % self.step_pairs or self.tune_pairs % self.step_pairs:
+            if self.step_pairs % batch or num_pairs % self.step_pairs:
                 raise ValueError(
                     f"bench mpo: {num_pairs} pairs in steps of {self.step_pairs} and batches of {batch}: batches must "
                     "divide steps, and steps the pairs"
@@ -91,9 +92,10 @@ def measure(task: Task | None = None, settings: Settings | None = None) -> dict[
     Returns:
         ``ours`` and ``ours_resident``, see :func:`evovlm.launch.bench_mpo_report.best`; ``split``, by name of
         what is off, ``seconds`` of an epoch and ``gain``, those over ours; sizes. With TRL: ``trl``, by name of the
-        reference, as of ours; ``batch``, chosen from ``tuned``, seconds by batch size; ``ratio_vs_trl``, seconds of
-        its faster reference over ours, reference pass counted in, and ``ratio_vs_trl_cached``, of training alone;
-        ``agreement``, see :func:`evovlm.launch.bench_mpo_report.check_agreement`.
+        way, as of ours; ``tuned``, seconds by batch size; ``ratio_vs_trl``, seconds of its faster reference over ours,
+        reference pass counted in, and ``ratio_vs_trl_cached``, of training alone; ``ratio_vs_trl_answer_rows`` and
+        ``…_cached``, the same of TRL with its output head on rows of answers; ``agreement``, see
+        :func:`evovlm.launch.bench_mpo_report.check_agreement`.
 
     Raises:
         ValueError: TRL is not installed, or settings do not fit together.
@@ -108,16 +110,15 @@ def measure(task: Task | None = None, settings: Settings | None = None) -> dict[
             task.model, random_weights(task.model, task.seed), exported, tokenizer_dir=Path(folder, "tokenizer")
         )
         ours = OurTrainer(world, (index, tokenizer), task)
-        theirs = TrlTrainer((index, tokenizer), task, exported, settings.step_pairs) if settings.trl else None
-        tuned = {} if theirs is None else _tune(theirs, settings)
-        batch = min(tuned, key=lambda size: tuned[size], default=0)
-        mine: dict[bool, list[Epoch]] = {False: [], True: []}  # by resident
-        peers: dict[bool, list[Epoch]] = {False: [], True: []}
+        peer: Peer | None = None
+        if settings.trl:
+            peer = Peer(TrlTrainer((index, tokenizer), task, exported, settings.step_pairs), settings.batches)
+        mine: dict[bool, list[Epoch]] = {False: [], True: []}  # by whether the reference model is resident
         for _ in range(settings.repetitions):
-            for resident in (False, True):
-                mine[resident].append(ours.epoch(resident=resident))
-                if theirs is not None:
-                    peers[resident].append(theirs.epoch(batch, resident=resident))
+            mine[False].append(ours.epoch())
+            if peer is not None:
+                peer.round()
+            mine[True].append(ours.epoch(resident=True))
         results: dict[str, Any] = {
             "ours": best(mine[False], task.num_pairs),
             "ours_resident": best(mine[True], task.num_pairs),
@@ -130,24 +131,63 @@ def measure(task: Task | None = None, settings: Settings | None = None) -> dict[
             "threads": torch.get_num_threads(),
             "repetitions": settings.repetitions,
         }
-        if theirs is not None:
-            results |= {"batch": batch, "tuned": tuned, **_compare(results["ours"], peers, task.num_pairs)}
+        if peer is not None:
+            results |= compare(results["ours"], peer.epochs, task.num_pairs) | {"tuned": peer.tuned}
             num_chosen = index.samples["num_chosen"].astype(np.int64)
-            results["agreement"] = check_agreement(mine[False][0], peers[False][0], num_chosen)
+            results["agreement"] = check_agreement(mine[False][0], peer.epochs[PRECOMPUTED][0], num_chosen)
     return results
 
 
-def _tune(theirs: TrlTrainer, settings: Settings) -> dict[int, float]:
-    """Seconds of TRL's training on a few pairs, references known, by batch size."""
-    return {batch: theirs.epoch(batch, pairs=settings.tune_pairs).train_seconds for batch in settings.batches}
+class Peer:
+    """TRL's epochs: at every batch size at first, then at the best.
+
+    Args:
+        trainer: What trains.
+        batches: Pairs of a forward pass.
+
+    Attributes:
+        epochs: By name of the way.
+        tuned: ``train_seconds`` and ``reference_seconds`` by batch size, of the first round.
+    """
+
+    def __init__(self, trainer: TrlTrainer, batches: Sequence[int]) -> None:
+        self._trainer, self._batches = trainer, batches
+        self.epochs: dict[str, list[Epoch]] = {PRECOMPUTED: [], RESIDENT: [], ANSWER_ROWS: []}
+        self.tuned: dict[int, dict[str, float]] = {}
+
+    def round(self) -> None:
+        """Train an epoch in every way."""
+        if self.tuned:
+            self.epochs[PRECOMPUTED].append(self._trainer.epoch(*self._best()))
+        for batch in self._batches if not self.tuned else ():
+            epoch = self._trainer.epoch(batch, batch)
+            self.epochs[PRECOMPUTED].append(epoch)
+            self.tuned[batch] = {
+                "train_seconds": epoch.train_seconds,
+                "reference_seconds": epoch.reference_seconds,
+            }
+        batch, scored = self._best()
+        self.epochs[RESIDENT].append(self._trainer.epoch(batch, None))
+        self.epochs[ANSWER_ROWS].append(self._trainer.epoch(batch, scored, answer_rows=True))
+
+    def _best(self) -> tuple[int, int]:
+        """Batch sizes of training and of scoring."""
+        train, scored = (
+            min(self.tuned, key=lambda size: self.tuned[size][part]) for part in ("train_seconds", "reference_seconds")
+        )
+        return train, scored
 
 
-def _compare(ours: dict[str, float], peers: dict[bool, list[Epoch]], num_pairs: int) -> dict[str, Any]:
-    precomputed, resident = (best(peers[kind], num_pairs) for kind in (False, True))
+def compare(ours: dict[str, float], peers: dict[str, list[Epoch]], num_pairs: int) -> dict[str, Any]:
+    """The peer's ways, and the ratios; see :func:`measure`."""
+    ways = {name: best(epochs, num_pairs) for name, epochs in peers.items()}
+    shipped, answer_rows = ways[PRECOMPUTED], ways[ANSWER_ROWS]
     return {
-        "trl": {"precomputed reference": precomputed, "resident reference": resident},
-        "ratio_vs_trl": min(precomputed["seconds"], resident["seconds"]) / ours["seconds"],
-        "ratio_vs_trl_cached": precomputed["train_seconds"] / ours["train_seconds"],
+        "trl": ways,
+        "ratio_vs_trl": min(shipped["seconds"], ways[RESIDENT]["seconds"]) / ours["seconds"],
+        "ratio_vs_trl_cached": shipped["train_seconds"] / ours["train_seconds"],
+        "ratio_vs_trl_answer_rows": answer_rows["seconds"] / ours["seconds"],
+        "ratio_vs_trl_answer_rows_cached": answer_rows["train_seconds"] / ours["train_seconds"],
     }
 
 

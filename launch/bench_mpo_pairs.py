@@ -68,7 +68,7 @@ class Task:
     """
 
     model: InternVLConfig = SHRUNK
-    num_pairs: int = 12
+    num_pairs: int = 8
     pack_tokens: int = 3776
     shortest: int = 50
     longest: int = 250

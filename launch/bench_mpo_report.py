@@ -60,7 +60,7 @@ def check_agreement(ours: Epoch, theirs: Epoch, num_chosen: NDArray[np.int64]) -
     }
     errors = [found["reference_error"]]
     errors += [abs(found[name] / found[f"{name}_expected"] - 1.0) for name in ("first_loss", "trl_first_loss")]
-    if not max(errors) <= TOLERANCE:
+    if not all(error <= TOLERANCE for error in errors):
         numbers = ", ".join(f"{name} {value:.6g}" for name, value in found.items())
         raise RuntimeError(
             f"bench mpo: evovlm and TRL differ by more than {TOLERANCE:g}, so they do not train on the same pairs in "

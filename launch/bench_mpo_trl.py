@@ -14,7 +14,8 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -90,47 +91,42 @@ class TrlTrainer:
     """
 
     def __init__(self, data: tuple[Index, Tokenizer], task: Task, directory: Path, step_pairs: int) -> None:
-        check_installed()
-        import datasets
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()  # it warns of our process group, which it does not use
-        datasets.disable_progress_bars()
-        os.environ["TQDM_DISABLE"] = "1"  # TRL looks here when it scores
         self._task, self._directory, self._step_pairs = task, directory, step_pairs
         self._pairs = Pairs(data)
         self._order: list[list[int]] = []
 
-    def epoch(self, batch: int, *, resident: bool = False, pairs: int | None = None) -> Epoch:
+    def epoch(self, batch: int, scored: int | None, *, answer_rows: bool = False) -> Epoch:
         """Train on all pairs once, from the exported weights.
 
         Args:
             batch: Pairs of a forward pass; an optimizer step accumulates as many as it needs.
-            resident: Score each batch with the reference model when it is trained on, instead of all before.
-            pairs: Train only on so many, the first ones.
+            scored: Pairs of a forward pass of the reference model, which scores all pairs before; None: it scores each
+                batch when that is trained on.
+            answer_rows: Pass only rows of answers through the output head, which TRL does on CUDA, but not on a CPU.
         """
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        _be_quiet()
+        head = _head_on_answer_rows() if answer_rows else nullcontext()
+        with head, tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return self._epoch(Path(folder), batch, resident, pairs or len(self._pairs.examples))
+            return self._epoch(Path(folder), batch, scored)
 
-    def _epoch(self, folder: Path, batch: int, resident: bool, count: int) -> Epoch:
+    def _epoch(self, folder: Path, batch: int, scored: int | None) -> Epoch:
         trainer = _timed_trainer(
             model=self._model(),
             ref_model=self._model(),
-            args=self._config(folder, batch, resident),
+            args=self._config(folder, batch, scored),
             data_collator=self._collate,
-            train_dataset=self._dataset(folder, count),
+            train_dataset=self._dataset(folder),
             processing_class=self._tokenizer(),
         )
         self._order.clear()
         trainer.train()
         logs = [line["loss"] for line in trainer.state.log_history if "loss" in line]
         reference = None
-        if not resident:
-            scored = trainer.train_dataset
-            reference = np.empty((count, 2))
-            reference[scored["row"]] = np.stack((scored["ref_chosen_logps"], scored["ref_rejected_logps"]), 1)
+        if scored is not None:
+            table = trainer.train_dataset
+            reference = np.empty((len(table), 2))
+            reference[table["row"]] = np.stack((table["ref_chosen_logps"], table["ref_rejected_logps"]), 1)
         first = self._order[: self._step_pairs // batch]
         return Epoch(trainer.reference_seconds, trainer.train_seconds, [float(x) for x in logs], first, reference)
 
@@ -146,13 +142,13 @@ class TrlTrainer:
 
         return AutoTokenizer.from_pretrained(self._directory)
 
-    def _config(self, folder: Path, batch: int, resident: bool) -> Any:
+    def _config(self, folder: Path, batch: int, scored: int | None) -> Any:
         from trl import DPOConfig
 
         return DPOConfig(
             output_dir=str(folder / "out"),
             per_device_train_batch_size=batch,
-            precompute_ref_batch_size=batch,
+            precompute_ref_batch_size=scored,
             gradient_accumulation_steps=self._step_pairs // batch,
             num_train_epochs=1,
             train_sampling_strategy="group_by_length" if batch > 1 else "random",
@@ -164,7 +160,7 @@ class TrlTrainer:
             loss_type=["sigmoid", "bco_pair", "sft"],
             loss_weights=[LOSS.dpo_weight, LOSS.bco_weight, LOSS.nll_weight],
             beta=LOSS.beta,
-            precompute_ref_log_probs=not resident,
+            precompute_ref_log_probs=scored is not None,
             gradient_checkpointing=False,
             use_cpu=True,
             bf16=False,
@@ -178,10 +174,11 @@ class TrlTrainer:
             seed=self._task.seed,
         )
 
-    def _dataset(self, folder: Path, count: int) -> Any:
+    def _dataset(self, folder: Path) -> Any:
         """The pairs' numbers, long pairs first; texts are only there because TRL tokenizes them."""
         from datasets import Dataset
 
+        count = len(self._pairs.examples)
         order = sorted(range(count), key=lambda row: -self._pairs.lengths[row])
         columns = {"row": order, "length": [self._pairs.lengths[row] for row in order]}
         texts = {name: ["0"] * count for name in ("prompt", "chosen", "rejected")}
@@ -204,6 +201,31 @@ class TrlTrainer:
         made: dict[str, Tensor] = DataCollatorForPreference(pad_token_id=0)(full)
         made["pixel_values"] = torch.cat([self._pairs.tiles[row] for row in rows] * 2)
         return made
+
+
+@contextmanager
+def _head_on_answer_rows() -> Iterator[None]:
+    """Let TRL's forward take for CUDA what it is on; its kernels ask on their own."""
+    from trl.trainer import utils
+
+    name = "_use_triton"
+    asked = getattr(utils, name)
+    setattr(utils, name, lambda _device: True)
+    try:
+        yield
+    finally:
+        setattr(utils, name, asked)
+
+
+def _be_quiet() -> None:
+    """Keep progress bars and warnings of these packages out of the way."""
+    import datasets
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # it warns of our process group, which it does not use
+    datasets.disable_progress_bars()
+    os.environ["TQDM_DISABLE"] = "1"  # TRL looks here when it scores
 
 
 def _timed_trainer(**settings: Any) -> Any:

@@ -228,15 +228,17 @@ def quickstart(
         bool, typer.Option("--short", help="A few steps of everything: checks, but learns little.")
     ] = False,
     ranks: Annotated[int, typer.Option(min=1, help="Processes to train with.")] = 2,
+    seed: Annotated[int, typer.Option(min=0, help="Of data, weights, order and sampling.")] = 0,
 ) -> None:
     """Train and measure a tiny model, end to end.
 
     Makes small data from real digits, fonts, photographs and text, indexes it, pre-trains and tunes a tiny model on
-    it, and prints what the model has learned.
+    it, lets it prefer its own right answers to its wrong ones, and prints what the model has learned.
     """
     from evovlm.launch import commands
 
-    commands.quickstart(out or Path("runs/quickstart-short" if short else "runs/quickstart"), short=short, ranks=ranks)
+    folder = out or Path("runs/quickstart-short" if short else "runs/quickstart")
+    commands.quickstart(folder, short=short, ranks=ranks, seed=seed)
 
 
 @app.command(context_settings=SETTINGS_WORDS, options_metavar=SETTINGS_METAVAR)

@@ -118,7 +118,7 @@ def bench_train(
 @bench_app.command("mpo")
 def bench_mpo(
     json_file: JsonFile = None,
-    pairs: Annotated[int, typer.Option(min=4, help="Preference pairs of an epoch, a multiple of 4.")] = 12,
+    pairs: Annotated[int, typer.Option(min=4, help="Preference pairs of an epoch, a multiple of 4.")] = 8,
     repetitions: Annotated[int, typer.Option(min=1, help="How often each way is timed.")] = 2,
     batch: Annotated[
         list[int] | None,

@@ -148,11 +148,11 @@ def extend_tokenizer(source: Path, out: Path) -> None:
     Console().print(f"wrote {out}: {len(added)} tokens added ({' '.join(added)})", highlight=False, markup=False)
 
 
-def quickstart(out: Path, *, short: bool, ranks: int) -> None:
+def quickstart(out: Path, *, short: bool, ranks: int, seed: int) -> None:
     """Run all phases of the quickstart."""
     from evovlm.launch.quickstart import run_quickstart
 
-    run_quickstart(out, short=short, ranks=ranks)
+    run_quickstart(out, short=short, ranks=ranks, seed=seed)
 
 
 def verify(

@@ -4,7 +4,9 @@
     index     evovlm index   ─► OUT/index/{pretrain,sft,val,test}
     pretrain  evovlm train quickstart/pretrain   ─► OUT/pretrain      random weights, text and images together
     sft       evovlm train quickstart/sft        ─► OUT/sft           conversations
-    evaluate  evovlm evaluate, three times: random weights, after pre-training, after SFT
+    pairs     evovlm preference build, index     ─► OUT/pairs, OUT/index/mpo       its own right and wrong answers
+    mpo       evovlm train quickstart/mpo        ─► OUT/mpo           preference optimisation
+    evaluate  evovlm evaluate, four times: random weights, after pre-training, after SFT, after MPO
                                                  ─► OUT/summary.json
 
 A phase that is done is not done again; an interrupted one continues.
@@ -22,18 +24,25 @@ from rich.console import Console
 from rich.table import Table
 
 from evovlm.data.build_index import IndexSettings
+from evovlm.data.index_format import Kind
 from evovlm.data.index_progress import show_progress
 from evovlm.data.synthetic import build_quickstart_data
 from evovlm.launch.indexing import build_with_progress
 from evovlm.launch.ranks import start_ranks
 from evovlm.models.table import TINY
 
-SEED = 0
 SYSTEM_PROMPT = "Look."
 """The published one has more tokens than a tiny model's whole answer."""
 PARTS = ("pretrain", "sft", "val", "test")
+BEFORE = {"sft": "pretrain", "mpo": "sft"}
+"""Stage → whose export it starts from."""
 SHORT_SCALE = 0.05
 SHORT_STEPS = 12
+PAIRS = {"mpo": "sft", "mpo_val": "val"}
+"""Index of pairs → part of the data whose questions they answer."""
+QUESTIONS, SAMPLES, MAX_PAIRS = 2000, 8, 4
+"""Questions of each task, answers to each, and most pairs of one."""
+SHORT_QUESTIONS = 40
 
 
 class Quickstart:
@@ -43,10 +52,11 @@ class Quickstart:
         out: Directory of everything that is made.
         short: A few steps of everything: checks that it runs, learns little.
         ranks: Processes that train and evaluate.
+        seed: Of data, weights, order and sampling.
     """
 
-    def __init__(self, out: Path, *, short: bool, ranks: int) -> None:
-        self.out, self.short, self.ranks = out, short, ranks
+    def __init__(self, out: Path, *, short: bool, ranks: int, seed: int) -> None:
+        self.out, self.short, self.ranks, self.seed = out, short, ranks, seed
         self.console = Console()
         self.seconds: dict[str, float] = {}
 
@@ -57,23 +67,49 @@ class Quickstart:
         if not marker.is_file():
             with show_progress(self.console) as progress:
                 build_quickstart_data(
-                    self.out / "data", seed=SEED, scale=scale, num_workers=self.ranks, progress=progress
+                    self.out / "data", seed=self.seed, scale=scale, num_workers=self.ranks, progress=progress
                 )
 
     def index(self) -> None:
         """Index every part of the data."""
         for part in PARTS:
-            settings = IndexSettings(
-                meta=self.out / "data" / f"{part}.json",
-                tokenizer=self.out / "data" / "tokenizer",
-                out=self.out / "index" / part,
-                tile_size=TINY.vision.tile_size,
-                tokens_per_tile=TINY.tokens_per_tile,
-                max_tiles=TINY.max_tiles,
-                system_prompt=SYSTEM_PROMPT,
-                num_workers=self.ranks,
-            )
-            build_with_progress(settings, self.console)
+            self._index(self.out / "data" / f"{part}.json", part, "conversations")
+
+    def _index(self, meta: Path, name: str, kind: Kind) -> None:
+        settings = IndexSettings(
+            meta=meta,
+            tokenizer=self.out / "data" / "tokenizer",
+            out=self.out / "index" / name,
+            kind=kind,
+            tile_size=TINY.vision.tile_size,
+            tokens_per_tile=TINY.tokens_per_tile,
+            max_tiles=TINY.max_tiles,
+            system_prompt=SYSTEM_PROMPT,
+            num_workers=self.ranks,
+        )
+        build_with_progress(settings, self.console)
+
+    def pairs(self) -> None:
+        """Let the tuned model answer training and held-out questions, and pair its right and wrong answers."""
+        for name, part in PAIRS.items():
+            folder = self.out / "pairs" / name
+            words = [
+                f"--out={folder}",
+                f"--model={self.out / 'sft'}",
+                f"--limit={SHORT_QUESTIONS if self.short else QUESTIONS}",
+                f"--num-samples={SAMPLES}",
+                f"--max-pairs={MAX_PAIRS}",
+                "--temperature=1",
+                "--max-new-tokens=32",
+                "--verify=exact",
+                f"--system-prompt={SYSTEM_PROMPT}",
+                f"--seed={self.seed}",
+                # A model that has hardly been trained gives no right answer: right ones are then those of the data.
+                f"--method={'dropout-ntp' if self.short else 'correctness'}",
+            ]
+            if not (folder / "meta.json").is_file():
+                self._command(["preference", "build", str(self.out / "data" / f"{part}.json"), *words])
+            self._index(folder / "meta.json", name, "preference")
 
     def train(self, stage: str) -> None:
         """Train a stage, or continue it, unless its export is there."""
@@ -82,22 +118,26 @@ class Quickstart:
             return
         words = [
             f"--out={run}",
+            f"--seed={self.seed}",
             f"--data.index={index / stage}",
-            f"--data.val_index={index / 'val'}",
+            f"--data.val_index={index / ('mpo_val' if stage == 'mpo' else 'val')}",
             f"--data.test_index={index / 'test'}",
             f"--ranks={self.ranks}",
         ]
         if stage == "pretrain":
             words += [f"--model.tokenizer={self.out / 'data' / 'tokenizer'}"]
         else:
-            words += [f"--model.from_dir={self.out / 'pretrain' / 'export'}"]
+            words += [f"--model.from_dir={self.out / BEFORE[stage] / 'export'}"]
         if self.short:
             words += [f"--steps={SHORT_STEPS}", "--validate_every=6", "--checkpoint.every=6", "--data.phases=[]"]
         self._command(["train", f"quickstart/{stage}", "--resume=auto", *words])
 
     def evaluate(self) -> dict[str, dict[str, Any]]:
-        """Score random weights, the pre-trained and the tuned model."""
-        wanted = (("before", "pretrain", "initial"), ("pretrain", "pretrain", "newest"), ("sft", "sft", "newest"))
+        """Score random weights, and the model after each stage."""
+        wanted = [
+            ("before", "pretrain", "initial"),
+            *((stage, stage, "newest") for stage in ("pretrain", "sft", "mpo")),
+        ]
         scores: dict[str, dict[str, Any]] = {}
         for name, stage, checkpoint in wanted:
             run = self.out / stage
@@ -118,22 +158,29 @@ class Quickstart:
                 "num_train": made[task]["num_train"],
                 "num_test": final["num_test"],
             }
-            for task, final in scores["sft"].items()
+            for task, final in scores["mpo"].items()
         }
         seconds = {name: round(value, 1) for name, value in self.seconds.items()}
-        summary = {"tasks": tasks, "short": self.short, "ranks": self.ranks, "seconds": seconds}
+        summary = {
+            "tasks": tasks,
+            "pairs": json.loads((self.out / "index" / "mpo" / "index.json").read_text())["num_samples"],
+            "short": self.short,
+            "ranks": self.ranks,
+            "seed": self.seed,
+            "seconds": seconds,
+        }
         (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
         table = Table("task", box=SIMPLE_HEAD, title="Exact match on held-out questions")
-        for column in ("best constant", "before", "pre-trained", "after SFT", "train", "test"):
+        for column in ("best constant", "before", "pre-trained", "after SFT", "after MPO", "train", "test"):
             table.add_column(column, justify="right")
         for task, row in tasks.items():
-            shares = (f"{row[key]:.1%}" for key in ("constant_baseline", "before", "pretrain", "sft"))
+            shares = (f"{row[key]:.1%}" for key in ("constant_baseline", *scores))
             table.add_row(task, *shares, f"{row['num_train']:,}", f"{row['num_test']:,}")
         self.console.print(table)
         self._show_answers()
         self.console.print(f"summary: {self.out / 'summary.json'}", highlight=False)
-        self.console.print(f"the model, for transformers: {self.out / 'sft' / 'export'}", highlight=False)
+        self.console.print(f"the model, for transformers: {self.out / 'mpo' / 'export'}", highlight=False)
 
     def run(self) -> None:
         """Run all phases."""
@@ -145,6 +192,10 @@ class Quickstart:
             self.train("pretrain")
         with self._phase("sft", "supervised fine-tuning"):
             self.train("sft")
+        with self._phase("pairs", "the tuned model's right and wrong answers to training questions"):
+            self.pairs()
+        with self._phase("mpo", "mixed preference optimisation on these pairs"):
+            self.train("mpo")
         with self._phase("evaluate", "greedy answers on held-out questions"):
             scores = self.evaluate()
         self.summarize(scores)
@@ -162,7 +213,7 @@ class Quickstart:
         start_ranks(self.ranks, words)
 
     def _show_answers(self, per_task: int = 2) -> None:
-        files = sorted((self.out / "sft" / "evaluations").glob("*.answers.jsonl"))
+        files = sorted((self.out / "mpo" / "evaluations").glob("*.answers.jsonl"))
         shown: dict[str, int] = {}
         for line in files[-1].read_text().splitlines():
             answer = json.loads(line)
@@ -173,6 +224,6 @@ class Quickstart:
                 self.console.print(text, highlight=False, markup=False)
 
 
-def run_quickstart(out: Path, *, short: bool, ranks: int) -> None:
+def run_quickstart(out: Path, *, short: bool, ranks: int, seed: int = 0) -> None:
     """Run the quickstart; see :class:`Quickstart`."""
-    Quickstart(out, short=short, ranks=ranks).run()
+    Quickstart(out, short=short, ranks=ranks, seed=seed).run()

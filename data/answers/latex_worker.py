@@ -33,7 +33,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (settings.memory_bytes, settings.memory_bytes))
     logging.disable()  # math-verify would warn that its own time limits are off
     # Imported under the limits, so that they hold for it, too.
-    from math_verify import parse, verify  # type: ignore[import-untyped]
+    from math_verify import parse, verify
 
     def boxed(text: str) -> list[object]:
         return list(parse(f"\\boxed{{{text}}}", parsing_timeout=None))

@@ -84,15 +84,16 @@ def chat_tokens(prompt: int, answer: list[int], masked: int) -> ChatTokens:
 
 
 ANSWER = st.lists(st.integers(0, 2), min_size=1, max_size=6)
+MASKED = st.tuples(st.integers(0, 1), st.integers(0, 1))
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(prompt=st.integers(2, 5), chosen=ANSWER, rejected=ANSWER, masked=st.integers(0, 1))
+@given(prompt=st.integers(2, 5), chosen=ANSWER, rejected=ANSWER, masked=MASKED)
 def test_both_renderings_are_in_the_shared_one(
-    prompt: int, chosen: list[int], rejected: list[int], masked: int
+    prompt: int, chosen: list[int], rejected: list[int], masked: tuple[int, int]
 ) -> None:
-    sides = chat_tokens(prompt, chosen, masked), chat_tokens(prompt, rejected, masked)
-    if chosen == rejected:
+    sides = chat_tokens(prompt, chosen, masked[0]), chat_tokens(prompt, rejected, masked[1])
+    if chosen == rejected and masked[0] == masked[1]:
         with pytest.raises(SampleError, match="the same tokens"):
             share_prefix(*sides, name="d/1")
         return
@@ -102,7 +103,8 @@ def test_both_renderings_are_in_the_shared_one(
     assert ids[:middle].tolist() == sides[0].ids.tolist()
     assert [*ids[:at], *ids[middle:]] == sides[1].ids.tolist()
     assert ids[at] == ids[middle]
-    assert ids[at + 1] != ids[middle + 1]  # nothing more could be shared
+    first = [(ids[row], shared.tokens.supervised[row]) for row in (at + 1, middle + 1)]
+    assert first[0] != first[1]  # nothing more could be shared
     assert shared.tokens.supervised[:middle].tolist() == sides[0].supervised.tolist()
     assert not shared.tokens.supervised[middle]
     assert shared.tokens.supervised[middle + 1 :].tolist() == sides[1].supervised[at + 1 :].tolist()
@@ -197,8 +199,16 @@ def test_damaged_branches_are_errors(tmp_path: Path, tiny_tokenizer_dir: Path) -
     tokenizer = Tokenizer.load(tiny_tokenizer_dir)
     index = Index.open(build(tmp_path, tiny_tokenizer_dir, [GOOD, pair_line("?", "a b", "c", image="wide.png")]).path)
     length = int(index.samples["num_tokens"][1])
+    expanded = expand_sample(index, 1, image_context=tokenizer.image_context)
+    tokens = expanded.tokens.tolist()
+    assert tokens.index(tokens[int(index.samples["rejected_at"][1])]) < expanded.runs[0][0]
     for name, value, message in (
-        ("chosen_at", 3, "branches at 3 and"),  # before the image
+        ("chosen_at", 3, "branches at 3 and"),
+        (
+            "chosen_at",
+            tokens.index(tokens[int(index.samples["rejected_at"][1])]),
+            "do not begin alike",
+        ),  # before images
         ("chosen_at", int(index.samples["chosen_at"][1]) + 1, "do not begin alike"),
         ("rejected_at", length, f"of {length} tokens"),
         ("rejected_at", int(index.samples["chosen_at"][1]), "do not begin alike"),

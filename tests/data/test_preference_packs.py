@@ -15,6 +15,7 @@ from evovlm.data.branches import squared_lengths
 from evovlm.data.index import Index
 from evovlm.data.mixture import Mixture, MixtureSettings
 from evovlm.data.order import Sequential
+from evovlm.data.packing import pack
 from evovlm.data.packs import Pack
 from evovlm.data.plan import Planner
 from evovlm.data.plan_settings import PlanSettings
@@ -208,6 +209,15 @@ def test_even_packs_and_outliers_go_by_what_is_seen(index: Index) -> None:
         plans = {wish: planner.plan_step(step, DataLayout(2, 2)) for wish, planner in of_wish.items()}
         spread = {wish: np.ptp(plan.packs.sum_squares(T)) for wish, plan in plans.items()}
         assert spread["always"] < spread["never"]
+    packed = make_planner(index, sequential=True, even_packs="always", packs_per_step=64).plan_step(
+        0, DataLayout(1, 64)
+    )
+    sizes = [index.samples[name].astype(np.int64) for name in ("num_tokens", "num_tiles", "chosen_at", "rejected_at")]
+    by_squares, by_lengths = (
+        pack(*sizes[:2], T, 12, costs)[0].tolist() for costs in (squared_lengths(sizes[0], *sizes[2:]), sizes[0] ** 2)
+    )
+    pack_of = packed.packs.pack_of[np.argsort(packed.packs.samples)].tolist()
+    assert pack_of == by_squares != by_lengths
     budget = int(index.samples["num_tokens"].max()) * 5 // 4
     count = make_planner(index, sequential=True, pack_tokens=budget).num_packs(1)
     planner = make_planner(index, sequential=True, pack_tokens=budget, packs_per_step=count)
@@ -248,7 +258,7 @@ def test_squared_lengths_count_what_is_seen(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("long_samples", ["skip", "split"])
 def test_a_pair_longer_than_a_pack_is_left_out_whole(index: Index, long_samples: str) -> None:
-    longest = int(np.argmax(index.samples["num_tokens"]))
+    longest = int(np.argmax(np.where(index.samples["num_tiles"] == 0, index.samples["num_tokens"], 0)))
     budget = int(index.samples["num_tokens"][longest]) - 1
     planner = make_planner(index, sequential=True, pack_tokens=budget, long_samples=long_samples, packs_per_step=64)
     assert longest in planner.dropped

@@ -199,7 +199,7 @@ BATCHINGS = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(TASKS, SAMPLINGS, BATCHINGS, st.sets(st.integers(0, VOCAB - 1), max_size=6))
 def test_what_is_drawn_depends_on_nothing_else_in_the_batch(
     model: InternVL, tasks: tuple[Task, ...], sampling: Sampling, batching: Batching, stop: set[int]
@@ -242,7 +242,7 @@ def test_others_take_the_place_of_finished_answers(model: InternVL, monkeypatch:
     tasks = [Task(prompt(seed, 5, 0), (seed,)) for seed in range(24)]
     sampling = Sampling(temperature=1.0, max_new_tokens=40)
     lengths = [len(a.ids) for (a,) in decode(model, tasks, sampling, stop={1, 2, 3, 4})]
-    assert max(lengths) > 4 * sum(lengths) / len(lengths) / 2  # a tail that would keep a batch of 4 waiting
+    assert max(lengths) > 2 * sum(lengths) / len(lengths)  # a tail that would keep a batch of 4 waiting
     sizes = record_steps(monkeypatch)
     list(decode(model, tasks, sampling, stop={1, 2, 3, 4}, batching=Batching(max_answers=4)))
     assert max(sizes) == 4

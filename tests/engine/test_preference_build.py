@@ -109,7 +109,7 @@ def test_pairs_of_right_and_wrong_answers(meta: Path, tmp_path: Path) -> None:
     assert (counts["all_correct"], counts["all_wrong"], counts["pairs"]) == (1, 1, 7)
     assert counts["share_correct"] == pytest.approx(11 / 36)
     assert counts["left_out"] == {"right answer inside the wrong one": 14}
-    assert summary["sets"] == {"sums": 7, "shapes": 6, "shapes_format_rules": 2}
+    assert summary["sets"] == {"sums": 7, "shapes": 6, "shapes_format_rules": 6}
     assert summary == json.loads((tmp_path / "out" / "summary.json").read_text())
 
 

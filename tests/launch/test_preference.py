@@ -1,0 +1,157 @@
+"""``evovlm preference build``: from the command line to files, with a server that answers by a script."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from evovlm.launch import cli
+
+
+class Script(BaseHTTPRequestHandler):
+    """Adds one to the number in the question; every second choice is wrong. Continues an answer with "eleven"."""
+
+    def do_GET(self) -> None:
+        self._send({"data": [{"id": "tiny"}]})
+
+    def do_POST(self) -> None:
+        body: dict[str, Any] = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        asked = [m["content"] for m in body["messages"] if m["role"] == "user"][-1]
+        number = int(asked.split("+")[0])
+        texts = [str(number + 1 if i % 2 == 0 else number + 2) for i in range(body["n"])]
+        if body["messages"][-1]["role"] == "assistant":
+            texts = [" eleven"]
+        choices = [
+            {"index": i, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+            for i, text in enumerate(texts)
+        ]
+        self._send({"choices": choices, "usage": {"completion_tokens": 2 * len(texts)}})
+
+    def _send(self, content: dict[str, Any]) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Script)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture(autouse=True)
+def no_process_group() -> Iterator[None]:
+    """A command that fails leaves its process group to the end of its process, which does not come here."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def meta(tmp_path: Path) -> Path:
+    lines = [
+        {"conversations": [{"from": "human", "value": f"{i}+1?"}, {"from": "gpt", "value": f"{i + 1}"}]}
+        for i in range(20, 26)
+    ]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "meta.json").write_text(json.dumps({"sums": {"root": ".", "annotation": "sums.jsonl"}}))
+    return tmp_path / "meta.json"
+
+
+def words(meta: Path, url: str, *more: str) -> list[str]:
+    out = ["--out", str(meta.parent / "out"), "--model", "tiny", "--backend", "server", "--url", url]
+    return ["preference", "build", str(meta), *out, "--num-samples", "4", *more]
+
+
+def test_help_imports_nothing_heavy_and_names_the_rules(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["preference", "build", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "exact, choice, numeric, numeric:TOLERANCE, relaxed, anls, vqa or math" in shown
+    assert cli.main(["preference", "--help"]) == 0
+
+
+def test_pairs_come_from_the_server(meta: Path, url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words(meta, url, "--verify", "numeric", "--limit", "5", "--start", "1")) == 0
+    out = meta.parent / "out"
+    pairs = [json.loads(line) for line in (out / "sums.jsonl").read_text().splitlines()]
+    assert [(p["question"], p["chosen"], p["rejected"]) for p in pairs] == [
+        (f"{i}+1?", f"{i + 1}", f"{i + 2}") for i in range(21, 26)
+    ]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "5 pairs of 20 answers" in printed
+    assert "left out: 15 duplicates" in printed
+    assert "evovlm index" in printed
+    assert json.loads((out / "summary.json").read_text())["datasets"]["sums"]["share_correct"] == 0.5
+    # Another rule on the same samples, without a model: now a wrong answer is within the tolerance, too.
+    again = ["preference", "build", str(meta), "--out", str(out), "--reuse-samples", "--limit", "5", "--start", "1"]
+    assert cli.main([*again, "--verify", "numeric"]) == 0
+    assert cli.main([*again, "--verify", "anls"]) == 0
+    assert cli.main([*again, "--verify", "sums=numeric:0.5"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "no pair from 20 answers to 5 questions: 5 questions have correct answers only, 0 have none" in error
+    assert json.loads((out / "summary.json").read_text())["all_correct"] == 5
+
+
+def test_dropout_ntp(meta: Path, url: str) -> None:
+    file = meta.parent / "sums.jsonl"
+    file.write_text(file.read_text().replace('"gpt", "value": "', '"gpt", "value": "It is '))
+    assert cli.main(words(meta, url, "--method", "dropout-ntp")) == 0
+    pairs = [json.loads(line) for line in (meta.parent / "out" / "sums.jsonl").read_text().splitlines()]
+    assert [(p["chosen"], p["rejected"]) for p in pairs] == [(f"It is {i + 1}", "It eleven") for i in range(20, 26)]
+
+
+def test_ranks_share_the_work(meta: Path, url: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words(meta, url, "--ranks", "2")) == 0
+    out = meta.parent / "out"
+    counts = [len((out / "samples" / f"rank-0000{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)]
+    assert counts == [3, 3]
+    assert json.loads((out / "summary.json").read_text())["pairs"] == 6
+    assert "6 pairs of 24 answers" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--verify", "exakt"], "'exakt' is no rule for answers: did you mean 'exact'?"),
+        (["--verify", "sum=exact"], "dataset 'sum', which the meta JSON does not have: did you mean 'sums'?"),
+        (["--temperature", "0"], "temperature = 0 gives the same answer 4 times"),
+        (["--top-p", "0"], "top_p = 0.0 is not in (0, 1]"),
+        (["--start-ratio", "2"], "ratio = 2.0 is not in [0, 1)"),
+        (["--chosen-from", "x"], "chosen_from is for the method dropout-ntp"),
+        (["--backend", "evovlm"], "--backend server and --url go together"),
+        (["--model", "other"], "serves tiny, not 'other'"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    meta: Path, url: str, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words(meta, url, *more)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("evovlm: ")
+    assert message in line
+
+
+def test_a_missing_model_or_meta(meta: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build = ["preference", "build", str(meta), "--out", str(meta.parent / "out")]
+    assert cli.main(build) == 2
+    assert "--model is missing" in capsys.readouterr().err
+    assert cli.main([*build, "--model", str(meta.parent / "nothing")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+    assert cli.main(["preference", "build", "no.json", "--out", "x", "--model", "y"]) == 2
+    assert "meta JSON 'no.json' does not exist" in capsys.readouterr().err
+    assert not (meta.parent / "out").exists()
