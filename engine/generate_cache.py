@@ -158,4 +158,5 @@ class _Meeting:
 
     def scatter(self, x: Tensor) -> Tensor:
         """Turn ``[G, K, n·R, X]`` back into ``[B, K, R, X]``."""
-        return x.unflatten(2, (self.most, -1)).transpose(1, 2)[self.slots, self.places]
+        G, K, queries, X = x.shape
+        return x.view(G, K, self.most, queries // self.most, X).transpose(1, 2)[self.slots, self.places]

@@ -11,8 +11,8 @@ Everything runs in one process with all of its threads: on two ranks TRL was slo
 the first round TRL trains at each batch size, and the fastest ones of training and of scoring go on. Where the
 reference counts, the faster of its two kinds of reference model competes. Both sides see decoded images: TRL's are
 decoded before the clock starts, ours by the loader while it runs. TRL's ``bco_pair`` has no running shift δ; ours has,
-at no cost. On a CPU, TRL passes all rows through its output head, prompts included, on CUDA only those of answers: it is
-timed in both ways.
+at no cost. On a CPU, TRL passes all rows through its output head, prompts included, on CUDA only those of answers: it
+is timed in both ways.
 """
 
 import tempfile
@@ -48,6 +48,8 @@ SWITCHES = {
 """Our ways: with everything, and with ideas off."""
 PRECOMPUTED, RESIDENT, ANSWER_ROWS = "precomputed reference", "resident reference", "precomputed, head on answers"
 """TRL's ways."""
+SCORED = (PRECOMPUTED, ANSWER_ROWS)
+"""Those of them that score all pairs before."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ def measure(task: Task | None = None, settings: Settings | None = None) -> dict[
         if peer is not None:
             results |= compare(results["ours"], peer.epochs, task.num_pairs) | {"tuned": peer.tuned}
             num_chosen = index.samples["num_chosen"].astype(np.int64)
-            results["agreement"] = check_agreement(mine[False][0], peer.epochs[PRECOMPUTED][0], num_chosen)
+            checked = {way: check_agreement(mine[False][0], peer.epochs[way][0], num_chosen) for way in SCORED}
+            results["agreement"] = checked[PRECOMPUTED]
     return results
 
 

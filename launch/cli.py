@@ -110,7 +110,7 @@ def train(
     from evovlm.launch import commands
 
     settings = commands.run_settings(recipe, context.args)  # mistakes show here, once, before any rank starts
-    me = _as_rank(ranks, settings.ranks, context.obj)
+    me = as_rank(ranks, settings.ranks, context.obj)
     if me is not None:
         commands.train(settings, me, resume)
 
@@ -180,7 +180,7 @@ def evaluate(
     """
     from evovlm.launch import commands
 
-    me = _as_rank(ranks, 1, context.obj)
+    me = as_rank(ranks, 1, context.obj)
     if me is not None:
         commands.evaluate(run, me, checkpoint, test_index)
 
@@ -364,7 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _as_rank(asked: int | None, default: int, words: Sequence[str]) -> RankInfo | None:
+def as_rank(asked: int | None, default: int, words: Sequence[str]) -> RankInfo | None:
     """Return which rank this process is; None if it has started the ranks and they have finished."""
     me = RankInfo.from_environment()
     if me.launched and asked not in (None, me.world_size):

@@ -113,7 +113,7 @@ def build(
     index --kind preference, OUT/summary.json with all counts, and keeps every sample in OUT/samples.
     """
     from evovlm.launch import preference
-    from evovlm.launch.cli import _as_rank
+    from evovlm.launch.cli import as_rank
 
     options = preference.Options(
         method=method.value,
@@ -135,6 +135,6 @@ def build(
     )
     source = preference.Source(model=model, backend=backend.value, url=url, api_key=api_key, reuse=reuse_samples)
     preference.check(meta, options, source)  # mistakes show here, once, before any rank starts
-    me = _as_rank(ranks, 1, context.obj)
+    me = as_rank(ranks, 1, context.obj)
     if me is not None:
         preference.build(meta, out, options, source, me)

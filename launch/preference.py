@@ -201,8 +201,8 @@ def _print(summary: dict[str, Any], out: Path, seconds: float, console: "Console
     table = Table("dataset", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=f"{out}: {summary['method']}")
     columns = {"cut off": "cut_off", "pairs": "pairs"}
     if judged:
-        columns = {"all right": "all_correct", "none": "all_wrong", "unreadable": "unreadable", **columns}
-        columns["format"] = "format_pairs"
+        columns = {"all right": "all_correct", "none": "all_wrong", "unreadable": "unreadable"}
+        columns |= {"format": "format_pairs", "pairs": "pairs"}
     for column in ("questions", *(["right"] if judged else []), *columns):
         table.add_column(column, justify="right")
     for name, counts in summary["datasets"].items():

@@ -201,7 +201,8 @@ def test_damaged_branches_are_errors(tmp_path: Path, tiny_tokenizer_dir: Path) -
     length = int(index.samples["num_tokens"][1])
     expanded = expand_sample(index, 1, image_context=tokenizer.image_context)
     tokens = expanded.tokens.tolist()
-    assert tokens.index(tokens[int(index.samples["rejected_at"][1])]) < expanded.runs[0][0]
+    before_images = tokens.index(tokens[int(index.samples["rejected_at"][1])])  # the token that branches begin with
+    assert before_images < expanded.runs[0][0]
     for name, value, message in (
         ("chosen_at", 3, "branches at 3 and"),
         (

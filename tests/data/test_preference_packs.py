@@ -15,7 +15,7 @@ from evovlm.data.branches import squared_lengths
 from evovlm.data.index import Index
 from evovlm.data.mixture import Mixture, MixtureSettings
 from evovlm.data.order import Sequential
-from evovlm.data.packing import pack
+from evovlm.data.packing import pack as pack_samples
 from evovlm.data.packs import Pack
 from evovlm.data.plan import Planner
 from evovlm.data.plan_settings import PlanSettings
@@ -209,15 +209,6 @@ def test_even_packs_and_outliers_go_by_what_is_seen(index: Index) -> None:
         plans = {wish: planner.plan_step(step, DataLayout(2, 2)) for wish, planner in of_wish.items()}
         spread = {wish: np.ptp(plan.packs.sum_squares(T)) for wish, plan in plans.items()}
         assert spread["always"] < spread["never"]
-    packed = make_planner(index, sequential=True, even_packs="always", packs_per_step=64).plan_step(
-        0, DataLayout(1, 64)
-    )
-    sizes = [index.samples[name].astype(np.int64) for name in ("num_tokens", "num_tiles", "chosen_at", "rejected_at")]
-    by_squares, by_lengths = (
-        pack(*sizes[:2], T, 12, costs)[0].tolist() for costs in (squared_lengths(sizes[0], *sizes[2:]), sizes[0] ** 2)
-    )
-    pack_of = packed.packs.pack_of[np.argsort(packed.packs.samples)].tolist()
-    assert pack_of == by_squares != by_lengths
     budget = int(index.samples["num_tokens"].max()) * 5 // 4
     count = make_planner(index, sequential=True, pack_tokens=budget).num_packs(1)
     planner = make_planner(index, sequential=True, pack_tokens=budget, packs_per_step=count)
@@ -226,6 +217,22 @@ def test_even_packs_and_outliers_go_by_what_is_seen(index: Index) -> None:
     squares, mean = squared_lengths(plan.packs.lengths, *columns), plan.pack_costs.sum() // count
     assert plan.outliers.tolist() == plan.packs.samples[squares > mean].tolist()
     assert 0 < len(plan.outliers) < (plan.packs.lengths**2 > mean).sum()
+
+
+def test_packs_are_made_even_by_what_is_seen(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
+    """Of pairs of one length those with long answers cost least, since these do not see each other."""
+    sizes = np.random.default_rng(0).integers(1, 40, (60, 3)).tolist()
+    lines = [pair_line("7 " * q, "a " + "7 " * c, "b " + "7 " * r) for q, c, r in sizes]
+    mixed = Index.open(build(tmp_path, tiny_tokenizer_dir, lines).path)
+    planner = make_planner(mixed, sequential=True, even_packs="always", packs_per_step=64, pack_tokens=2 * T)
+    packs = planner.plan_step(0, DataLayout(1, 64)).packs
+    tokens, tiles, chosen_at, rejected_at = (
+        mixed.samples[name].astype(np.int64) for name in ("num_tokens", "num_tiles", "chosen_at", "rejected_at")
+    )
+    by_squares = pack_samples(tokens, tiles, 2 * T, 12, squared_lengths(tokens, chosen_at, rejected_at))[0]
+    by_lengths = pack_samples(tokens, tiles, 2 * T, 12, tokens**2)[0]
+    assert packs.pack_of[np.argsort(packs.samples)].tolist() == by_squares.tolist()
+    assert by_squares.tolist() != by_lengths.tolist()
 
 
 def test_the_digest_tells_pairs_apart(index: Index) -> None:

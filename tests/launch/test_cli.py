@@ -110,8 +110,8 @@ def test_ranks_must_match_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": 0, "WORLD_SIZE": 4, "LOCAL_RANK": 0, "MASTER_ADDR": "a", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(ValueError, match="--ranks 2, but the launcher has started 4 ranks"):
-        cli._as_rank(2, 1, [])
-    me = cli._as_rank(4, 1, [])
+        cli.as_rank(2, 1, [])
+    me = cli.as_rank(4, 1, [])
     assert me is not None
     assert me.world_size == 4
 

@@ -58,7 +58,7 @@ def work(rank: int) -> None:
 @cli.app.command()
 def probe(context: typer.Context, ranks: int = 2) -> None:
     handler = signal.getsignal(signal.SIGTERM)
-    me = cli._as_rank(ranks, 1, context.obj)
+    me = cli.as_rank(ranks, 1, context.obj)
     if me is None:
         assert signal.getsignal(signal.SIGTERM) is handler
         print("all done")
