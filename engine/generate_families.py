@@ -113,6 +113,8 @@ def _join(family: Family, task: Task) -> bool:
         return False
     if not _same_images(old, new, min(seen)):
         return False
+    if not all(_counts_on(prompt, own) for prompt, own in zip(prompts, seen, strict=True)):
+        return False
     family.members.append(Member(task, 0, []))
     family.prompt = longest
     for member, own in zip(family.members[-len(prompts) :], seen, strict=True):
@@ -125,6 +127,15 @@ def _common(longest: Prompt, prompt: Prompt) -> int:
     length = min(len(longest.tokens), len(prompt.tokens))
     differs = np.flatnonzero(longest.tokens[:length] != prompt.tokens[:length])
     return int(differs[0]) if differs.size else length
+
+
+def _counts_on(prompt: Prompt, seen: int) -> bool:
+    """Whether the tokens after the shared ones stand one position after the other, as a tail's do.
+
+    Right after an image they may not: its last token may stand at a fraction.
+    """
+    rest = len(prompt.tokens) - seen
+    return np.array_equal(prompt.positions[seen:], prompt.positions[seen - 1] + np.arange(1, rest + 1))
 
 
 def _same_images(a: Prompt, b: Prompt, seen: int) -> bool:

@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ SWITCHES = {
     "one pair in a pack": Switches(packed=False),
 }
 """Our ways: with everything, and with ideas off."""
-PRECOMPUTED, RESIDENT, ANSWER_ROWS = "precomputed reference", "resident reference", "precomputed, head on answers"
+PRECOMPUTED, RESIDENT, ANSWER_ROWS = "precomputed reference", "resident reference", "head on answers only"
 """TRL's ways."""
 SCORED = (PRECOMPUTED, ANSWER_ROWS)
 """Those of them that score all pairs before."""
@@ -138,6 +139,7 @@ def measure(task: Task | None = None, settings: Settings | None = None) -> dict[
             num_chosen = index.samples["num_chosen"].astype(np.int64)
             checked = {way: check_agreement(mine[False][0], peer.epochs[way][0], num_chosen) for way in SCORED}
             results["agreement"] = checked[PRECOMPUTED]
+            results["peer_versions"] = {name: version(name) for name in ("trl", "transformers")}
     return results
 
 

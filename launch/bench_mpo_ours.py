@@ -43,7 +43,8 @@ from evovlm.parallel.world import World
 LOSS = PreferenceLossSettings()
 """Weights 0.8, 0.2, 1 and β = 0.1."""
 _PLAN = ParallelPlan.for_llm(Layout(zero=1))
-_OPTIONS = EngineOptions(min_unit=1_000_000)
+# A few tiles at a time were 5 to 10 % faster than all of a step on a processor; TRL's batches are chosen alike.
+_OPTIONS = EngineOptions(min_unit=1_000_000, encode_tiles=4)
 
 
 @dataclass(frozen=True)

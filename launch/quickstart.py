@@ -40,7 +40,7 @@ SHORT_SCALE = 0.05
 SHORT_STEPS = 12
 PAIRS = {"mpo": "sft", "mpo_val": "val"}
 """Index of pairs → part of the data whose questions they answer."""
-QUESTIONS, SAMPLES, MAX_PAIRS = 2000, 8, 4
+QUESTIONS, SAMPLES, MAX_PAIRS = 6000, 8, 4
 """Questions of each task, answers to each, and most pairs of one."""
 SHORT_QUESTIONS = 40
 

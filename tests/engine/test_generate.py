@@ -199,6 +199,15 @@ BATCHINGS = st.builds(
 )
 
 
+def test_prompts_that_part_right_after_an_image_at_a_fraction(model: InternVL) -> None:
+    whole = prompt(0, 3, 1, 1 / 256)
+    other = replace(whole, tokens=np.append(whole.tokens[:-1], (whole.tokens[-1] + 1) % VOCAB).astype(np.int32))
+    tasks = [Task(whole, (0,)), Task(other, (1, 2))]
+    sampling = Sampling(temperature=1.5, top_k=0, max_new_tokens=6)
+    expected = [drawn_alone(model, task, sampling, set()) for task in tasks]
+    assert list(decode(model, tasks, sampling, stop=NEVER)) == expected
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(TASKS, SAMPLINGS, BATCHINGS, st.sets(st.integers(0, VOCAB - 1), max_size=6))
 def test_what_is_drawn_depends_on_nothing_else_in_the_batch(

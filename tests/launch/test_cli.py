@@ -14,6 +14,7 @@ from evovlm.launch.settings import SettingsError
 COMMANDS = (
     "index",
     "train",
+    "preference",
     "submit",
     "evaluate",
     "export",
