@@ -58,6 +58,7 @@ test-gpu: install-dev  ## The tests that need a CUDA device
 verify: install  ## Compare every layout with one process, in float64 and float32 (some minutes)
 	$(BIN)/evovlm verify --json build/verify-float64.json
 	$(BIN)/evovlm verify --precision float32 --json build/verify-float32.json
+	$(BIN)/evovlm verify --loss mpo --json build/verify-mpo.json
 
 bench: install  ## Measure this machine; results in build/bench.json
 	$(BIN)/python -m evovlm.launch.bench --out build/bench.json $(BENCH_ARGS)

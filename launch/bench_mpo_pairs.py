@@ -8,7 +8,6 @@ published models: 448 pixels, 1,025 rows in the ViT, 256 visual tokens. As there
 prompt with a few tiles.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +18,9 @@ import numpy as np
 from PIL import Image
 
 from evovlm.csrc.random import keys, uniform
-from evovlm.data.build_index import build_index
 from evovlm.data.index import Index
-from evovlm.data.index_settings import IndexSettings
 from evovlm.data.tokenizer import Tokenizer
-from evovlm.data.tokenizer_training import build_tokenizer
+from evovlm.launch.bench_small_index import make_small_index
 from evovlm.models.config import InternVLConfig
 from evovlm.models.table import size
 
@@ -84,29 +81,9 @@ def write_pairs(folder: Path, task: Task) -> tuple[Index, Tokenizer]:
         ValueError: The tokenizer has more ids than the model's vocabulary.
     """
     text = "\n\n".join(topics[name] for name in sorted(topics))
-    tokenizer_dir = build_tokenizer([text], folder / "tokenizer", task.merges)
-    tokenizer = Tokenizer.load(tokenizer_dir)
-    if tokenizer.vocab_size > task.model.decoder.vocab_size:
-        raise ValueError(
-            f"bench mpo: {tokenizer.vocab_size} ids for a vocabulary of {task.model.decoder.vocab_size}: lower merges"
-        )
-    (folder / "images").mkdir(parents=True)
-    with (folder / "pairs.jsonl").open("w", encoding="utf-8") as file:
-        for line in _lines(folder / "images", task, text):
-            file.write(json.dumps(line) + "\n")
-    entry = {"pairs": {"root": "images", "annotation": "pairs.jsonl"}}
-    (folder / "meta.json").write_text(json.dumps(entry), encoding="utf-8")
-    settings = IndexSettings(
-        meta=folder / "meta.json",
-        tokenizer=tokenizer_dir,
-        out=folder / "index",
-        kind="preference",
-        tile_size=task.model.vision.tile_size,
-        tokens_per_tile=task.model.tokens_per_tile,
-        system_prompt="",
-        num_workers=1,
+    return make_small_index(
+        folder, task.model, text, task.merges, lambda images: _lines(images, task, text), "preference"
     )
-    return Index.open(build_index(settings).path), tokenizer
 
 
 def _lines(images: Path, task: Task, text: str) -> Iterator[dict[str, Any]]:

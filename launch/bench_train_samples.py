@@ -14,7 +14,6 @@ Half of the samples are text, the others have one or two images of 1 to 5 tiles 
 Everything is drawn once, by keyed randomness.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,9 +23,7 @@ import numpy as np
 from PIL import Image
 
 from evovlm.csrc.random import choice_index, keys, permutation, uniform
-from evovlm.data.build_index import build_index
 from evovlm.data.index import Index
-from evovlm.data.index_settings import IndexSettings
 from evovlm.data.loader import Loader
 from evovlm.data.mixture import Mixture, MixtureSettings
 from evovlm.data.plan import Planner
@@ -35,8 +32,8 @@ from evovlm.data.step_batch import StepBatch
 from evovlm.data.step_plan import DataLayout, StepPlan
 from evovlm.data.synthetic import sources
 from evovlm.data.tokenizer import Tokenizer
-from evovlm.data.tokenizer_training import build_tokenizer
 from evovlm.engine.cost_shape import shape_costs
+from evovlm.launch.bench_small_index import make_small_index
 from evovlm.models.config import InternVLConfig
 from evovlm.models.table import size
 
@@ -105,28 +102,9 @@ def write_samples(folder: Path, task: Task) -> tuple[Index, Tokenizer]:
         ValueError: The tokenizer has more ids than the model's vocabulary.
     """
     text = "\n\n".join(document.text for document in sources.documents())
-    tokenizer_dir = build_tokenizer([text], folder / "tokenizer", task.merges)
-    tokenizer = Tokenizer.load(tokenizer_dir)
-    if tokenizer.vocab_size > task.model.decoder.vocab_size:
-        raise ValueError(
-            f"bench train: {tokenizer.vocab_size} ids for a vocabulary of {task.model.decoder.vocab_size}: lower merges"
-        )
-    (folder / "images").mkdir(parents=True)
-    with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
-        for line in _lines(folder / "images", task, text):
-            file.write(json.dumps(line) + "\n")
-    entry = {"samples": {"root": "images", "annotation": "samples.jsonl"}}
-    (folder / "meta.json").write_text(json.dumps(entry), encoding="utf-8")
-    settings = IndexSettings(
-        meta=folder / "meta.json",
-        tokenizer=tokenizer_dir,
-        out=folder / "index",
-        tile_size=task.model.vision.tile_size,
-        tokens_per_tile=task.model.tokens_per_tile,
-        system_prompt="",
-        num_workers=1,
+    return make_small_index(
+        folder, task.model, text, task.merges, lambda images: _lines(images, task, text), "conversations"
     )
-    return Index.open(build_index(settings).path), tokenizer
 
 
 def _lines(images: Path, task: Task, text: str) -> Iterator[dict[str, Any]]:
