@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from evovlm.data.batch import Pairs
-from evovlm.engine.losses import Gradients, Logits, Targets, chunk_rows_of, chunks_of, hold
+from evovlm.engine.losses import IGNORE, Gradients, Logits, Targets, chunk_rows_of, chunks_of, hold
 
 HELD_BYTES = 2**30
 """Errors that wait for their weights, of one microbatch on one rank."""
@@ -50,12 +50,12 @@ class PairTargets:
             mine: int64 ``[t]``, this rank's rows of the pack; None: all.
             device: Where the loss is computed.
         """
-        targets = Targets.of(labels, torch.ones(len(labels)), device)
-        count, places = len(pairs.samples), targets.rows.cpu()
+        count, supervised = len(pairs.samples), labels != IGNORE
         belongs = []
         for of_row in (pairs.chosen, pairs.rejected):
-            own = (of_row if mine is None else of_row[mine])[places]
+            own = (of_row if mine is None else of_row[mine])[supervised]
             belongs.append(torch.where(own < 0, count, own).to(device, non_blocking=True))
+        targets = Targets.of(labels, torch.ones(len(labels)), device)
         return cls(targets, belongs[0], belongs[1], count)
 
     def sums(self, of_row: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def pair_log_probs(
         head: ``[V, H]``; with a group a DTensor over it, split by rows.
         targets: This rank's rows.
         gradients: ``∂L/∂log π``, float64 ``[pairs, 2]``, as a function of the log-probabilities, float64
-            ``[pairs, 2]``. Called once, on every rank, in a forward whose gradient is wanted.
+            ``[pairs, 2]``. Called once, on every rank, where autograd records.
         group: The tp ranks.
         sequence_groups: Groups over whose product the rows of the pack are split.
         chunk_rows: Rows whose logits are made at a time; by default ``CHUNK_ROWS`` of the device.
@@ -113,9 +113,9 @@ def pair_log_probs(
     for ranks in sequence_groups:
         dist.all_reduce(log_probs, group=ranks)
     value = log_probs.new_zeros((), dtype=logits.weights.dtype)
-    if not any(wanted):
+    if not torch.is_grad_enabled():
         return value, log_probs
-    # A row's error is the gradient of −log p.
+    # Whatever is wanted here: the function may be a collective. A row's error is the gradient of −log p.
     factors = targets.of_rows(gradients(log_probs)).neg_().to(logits.weights.dtype)
     made = Gradients(logits, *wanted)
     for number, chunk in enumerate(chunks):

@@ -202,6 +202,21 @@ def test_scoring_makes_no_gradient() -> None:
     torch.testing.assert_close(log_probs[1], torch.tensor([2.0, 5.0], dtype=torch.float64) * -math.log(V))
 
 
+def test_the_gradient_is_asked_for_even_where_nothing_needs_it() -> None:
+    """It may be a collective, which no rank may leave out because its own pack has nothing to train."""
+    labels, pairs = small_pack()
+    targets, asked = PairTargets.of(labels, pairs, None, torch.device("cpu")), list[Tensor]()
+
+    def gradients(log_probs: Tensor) -> Tensor:
+        asked.append(log_probs)
+        return torch.zeros_like(log_probs)
+
+    value, log_probs = pair_log_probs(torch.ones(T, H), torch.ones(V, H), targets, gradients)
+    assert not value.requires_grad
+    assert len(asked) == 1
+    assert torch.equal(asked[0], log_probs)
+
+
 def test_rewards() -> None:
     policy = pairs_of([[-1, -2]])
     assert rewards(policy, policy - 3, 0.5).tolist() == [[1.5, 1.5]]
