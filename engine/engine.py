@@ -135,8 +135,9 @@ class Engine(ShardedModel):
             raise ValueError(f"the step's loss weights add up to {loss_denominator}: none of its samples has a target")
         objective = CrossEntropy(loss_denominator, self.world.device)
         self.accumulate(batch, objective)
-        dist.all_reduce(objective.sums)
-        return objective.sums[0].item() / loss_denominator
+        loss = objective.sums[:1]
+        dist.all_reduce(loss)
+        return loss.item() / loss_denominator
 
     def accumulate(
         self, batch: StepBatch, objective: Objective, before: Callable[[VisualTokens | None], None] | None = None

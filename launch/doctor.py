@@ -71,6 +71,8 @@ REQUIRED = (
     Package(("pyarrow",), "import pyarrow", "tables"),
     Package(("tensorboard",), "import tensorboard", "curves"),
     Package(("matplotlib",), "import matplotlib", "charts of the quickstart, reports"),
+    Package(("httpx",), "import httpx", "servers that generate"),
+    Package(("math-verify",), "import math_verify", "answers in LaTeX"),
 )
 OPTIONAL = (
     Package(("scikit-learn",), "import sklearn.datasets", "quickstart data", "pip install 'evovlm[quickstart]'"),
