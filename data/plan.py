@@ -115,9 +115,7 @@ class Planner:
         weights = loss_weights(supervised, self.settings.loss_weighting)
         mean_load = int(costs.sum()) // layout.num_ranks
         num_tiles = int(packs.tiles.sum())
-        # Of a pair's work, both answers do not see each other.
-        work = self._costs.sample_costs(packs.lengths, supervised)
-        work -= self._costs.per_square * (packs.lengths**2 - packs.squares)
+        work = self._costs.sample_costs(packs.lengths, supervised, packs.squares)
         of_chosen = self.index.samples["num_chosen"][packs.samples] if self._pairs else np.empty(0)
         return StepPlan(
             step=step,

@@ -67,8 +67,10 @@ class PreferenceRun:
         if self._settings.reference.from_dir is None:
             make_model: Callable[[], ShardedModel] = lambda: engine  # noqa: E731
         else:
-            for _ in self._digest.watch(self._source().weights):  # the name of its scores, before it is built
-                pass
+            source = self._source()
+            if self._world.is_main:  # who alone hashes; others need not read it only for the name of its scores
+                for _ in self._digest.watch(source.weights):
+                    pass
             make_model = cache(self._frozen)
         self.identity = {"weights": self._digest.share(self._world)}
         index, val_index = self._data.index, self._data.val_index

@@ -145,7 +145,7 @@ def score_index(
         Float64 ``[samples, 2]``; NaN for pairs that no pack can hold.
 
     Raises:
-        ValueError: See :func:`read_scores`.
+        ValueError: See :func:`read_scores`; or the file cannot be written.
     """
     count = len(index)
     world.barrier()  # what another pass of this run has written is there
@@ -158,6 +158,8 @@ def score_index(
     model = make_model()
     known, done, began = int((~np.isnan(table).any(1)).sum()), 0, time.monotonic()
     say(f"reference model: scoring {count - known:,} of {count:,} pairs{f' into {file}' if file else ''}")
+    if file is not None:
+        _claim(file, table, identity, world)
     saved = told = began
     for plan, batch in loader:
         table[plan.packs.samples] = score_pairs(model, batch, plan.num_samples).cpu().numpy()
@@ -175,6 +177,18 @@ def score_index(
     seconds = time.monotonic() - began
     say(f"reference model: scored {done:,} pairs in {seconds:,.1f} s, {done / max(seconds, 1e-9):,.1f} a second")
     return table
+
+
+def _claim(file: Path, table: NDArray[np.float64], identity: dict[str, Any], world: World) -> None:
+    """Write the file once before the pass: one that cannot be written shows now, and on every rank. Collective."""
+    reason = ""
+    if world.is_main:
+        try:
+            _write(file, table, identity)
+        except (OSError, SafetensorError) as error:
+            reason = f"{type(error).__name__}: {error}"
+    if reason := _of_main(reason, world):
+        raise ValueError(f"scores cannot be kept in '{file}' ({reason}): name another file as [reference] cache")
 
 
 def _write(file: Path, table: NDArray[np.float64], identity: dict[str, Any]) -> None:

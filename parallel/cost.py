@@ -111,12 +111,18 @@ class IntegerCosts:
             raise ValueError(f"from {targets.min()} to {targets.max()} targets in packs of {num_rows} rows")
         return self.per_square * squares + self.per_target * targets + (self.per_token * num_rows + self.per_pack)
 
-    def sample_costs(self, lengths: NDArray[np.int64], num_targets: NDArray[np.int64]) -> NDArray[np.int64]:
+    def sample_costs(
+        self,
+        lengths: NDArray[np.int64],
+        num_targets: NDArray[np.int64],
+        squares: NDArray[np.int64] | None = None,
+    ) -> NDArray[np.int64]:
         """What samples add to the cost of a pack: A·l + B·l² + H·targets.
 
         Args:
             lengths: integers ``[n]``, tokens of each.
             num_targets: int64 ``[n]``, those of them that have a target.
+            squares: int64 ``[n]``, what attention costs instead of l², where answers do not see each other.
 
         Returns:
             int64 ``[n]``.
@@ -130,7 +136,8 @@ class IntegerCosts:
                 f"samples of {lengths.min()} to {lengths.max()} tokens, but costs are scaled for at most "
                 f"{self.max_tokens}"
             )
-        return (self.per_square * lengths + self.per_token) * lengths + self.per_target * num_targets
+        squares = lengths**2 if squares is None else squares
+        return self.per_square * squares + self.per_token * lengths + self.per_target * num_targets
 
     def vit_costs(self, tiles: NDArray[np.int64]) -> NDArray[np.int64]:
         """Cost of the ViT on images, or ranks, of int64 ``[n]`` tiles."""

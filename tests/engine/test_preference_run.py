@@ -193,6 +193,7 @@ def story(runs: Path, make_run: MakeRun, pair_indexes: dict[str, Path], indexes:
             (runs / "torn.safetensors").write_bytes(b"\x10")
         world.barrier()
         seen["torn"] = error(make_run(runs / "bad", reference={"cache": runs / "torn.safetensors"}))
+        seen["no folder"] = error(make_run(runs / "bad", reference={"cache": runs / "torn.safetensors" / "scores"}))
         seen["other reference"] = error(make_run(runs / "cut", reference=other), "auto")
         seen["other loss"] = error(make_run(runs / "cut", stage={"name": "mpo", "loss": {"beta": 0.2}}), "auto")
         seen["conversations"] = error(make_run(runs / "bad", data={"index": indexes["train"]}))
@@ -272,6 +273,7 @@ def test_another_reference_model(story: dict[str, Any], runs: Path) -> None:
     assert "are of another reference model or other data: weights is" in story["other model"]
     assert "v2pe is" in story["other strides"]
     assert "cannot be read" in story["torn"]
+    assert "scores cannot be kept in" in story["no folder"]
     assert "reference.weights is" in story["other reference"]
     assert "stage.loss.beta is 0.1 there, 0.2 here" in story["other loss"]
 
