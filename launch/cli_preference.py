@@ -24,6 +24,7 @@ class Prompt(StrEnum):
     """How a question asks for an answer that can be checked."""
 
     DIRECT = "direct"
+    MARKED = "marked"
     EN_V2 = "en_v2"
     EN = "en"
     R1 = "r1"
@@ -66,8 +67,8 @@ def build(
     prompt: Annotated[
         Prompt,
         typer.Option(
-            help="direct: questions as written. en_v2, en: steps, and a last line 'Answer: \\boxed{…}' or 'Final "
-            "answer: …'. r1: thoughts in <think>."
+            help="direct, marked: questions as written; the answer is the whole reply, or stands behind 'Answer:'. "
+            "en_v2, en: steps, and a last line 'Answer: \\boxed{…}' or 'Final answer: …'. r1: thoughts in <think>."
         ),
     ] = Prompt.DIRECT,
     verify: Annotated[

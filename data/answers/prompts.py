@@ -2,6 +2,7 @@
 
 style    asked for                                          answer
 direct   the question as written                            the whole text
+marked   the question as written                            behind the last "Answer:" or "Final answer:"
 en_v2    steps, last line "Answer: \\boxed{…}"                inside the box
 en       steps, last line "Final answer: …"                 behind the colon
 r1       <think>…</think>, then the answer                  behind </think> (inside its box, if there is one)
@@ -15,6 +16,7 @@ class PromptStyle(StrEnum):
     """How an answer is asked for."""
 
     DIRECT = "direct"
+    MARKED = "marked"
     EN_V2 = "en_v2"
     EN = "en"
     R1 = "r1"
@@ -22,6 +24,7 @@ class PromptStyle(StrEnum):
 
 _INSTRUCTIONS = {
     PromptStyle.DIRECT: "",
+    PromptStyle.MARKED: "",
     PromptStyle.EN_V2: (
         "Solve this step by step: write down your reasoning first. The last line of your reply must give the answer "
         "in exactly this form, with the answer in place of $FINAL_ANSWER and nothing behind it:\n"
@@ -60,6 +63,8 @@ def extract(text: str, style: PromptStyle) -> str | None:
     """
     if style is PromptStyle.DIRECT:
         return _bare(text)
+    if style is PromptStyle.MARKED:
+        return _marked(text)
     if style is PromptStyle.EN:
         found = _FINAL_MARK.findall(text)
         return _bare(found[-1]) if found else None

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from evovlm.data.answers.prompts import PromptStyle, ask, boxed, extract, true_answer
 
-DIRECT, EN_V2, EN, R1 = PromptStyle.DIRECT, PromptStyle.EN_V2, PromptStyle.EN, PromptStyle.R1
+DIRECT, MARKED, EN_V2, EN, R1 = PromptStyle
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,10 @@ DIRECT, EN_V2, EN, R1 = PromptStyle.DIRECT, PromptStyle.EN_V2, PromptStyle.EN, P
         (DIRECT, "**7**", "7"),
         (DIRECT, "", None),
         (DIRECT, " \n", None),
+        (MARKED, "2 + 2 = 4.\n\nAnswer: 4", "4"),
+        (MARKED, "Answer: 3\n**Final answer:** 4.5\n", "4.5"),
+        (MARKED, "The answer: 4", None),
+        (MARKED, "4", None),
         (EN_V2, "2 + 2 = 4.\nAnswer: \\boxed{4}", "4"),
         (EN_V2, "Answer: \\boxed{4}.\n", "4"),
         (EN_V2, "**Answer:** $\\boxed{\\frac{1}{2}}$", "\\frac{1}{2}"),
