@@ -180,3 +180,8 @@ def _clip(name: str, clip: Any) -> tuple[float, float] | None:
     ):
         raise SampleError(Reason.CONVERSATION, f"'clip' must be [start, end] in seconds, not {clip!r}", name)
     return float(clip[0]), float(clip[1])
+
+
+def image_value(images: Sequence[str]) -> str | list[str]:
+    """Return images as a line names them: one as a path, several or none as a list."""
+    return images[0] if len(images) == 1 else list(images)

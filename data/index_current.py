@@ -9,7 +9,7 @@ from evovlm.data.index_format import FORMAT_VERSION, SourceFile, read_meta
 from evovlm.data.index_settings import IndexSettings
 from evovlm.data.meta import MetaFile, load_meta
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def is_current(settings: IndexSettings) -> bool:

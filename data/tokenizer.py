@@ -20,6 +20,8 @@ from typing import Any
 
 import tokenizers
 
+from evovlm.models.tokenizer_json import TokenizerFileError, tokenizer_json, tokenizer_settings
+
 IMAGE_START = "<img>"
 IMAGE_END = "</img>"
 IMAGE_CONTEXT = "<IMG_CONTEXT>"
@@ -75,18 +77,19 @@ class Tokenizer:
     def load(cls, directory: str | Path) -> "Tokenizer":
         """Read ``tokenizer.json`` and, where present, its two settings files.
 
+        A SentencePiece ``tokenizer.model`` that stands alone is converted
+        (:mod:`evovlm.models.tokenizer_json`).
+
         Raises:
-            TokenizerError: no readable ``tokenizer.json``, or a token that the format needs is missing.
+            TokenizerError: no readable tokenizer, or a token that the format needs is missing.
         """
         directory = Path(directory)
         file = directory / "tokenizer.json"
-        if not file.is_file():
-            raise TokenizerError(
-                f"tokenizer directory '{directory}' has no tokenizer.json; save the tokenizer with "
-                "transformers' AutoTokenizer (fast) .save_pretrained"
-            )
-        raw = file.read_bytes()
-        settings = read_settings(directory / "tokenizer_config.json")
+        try:
+            raw = tokenizer_json(directory)
+            settings = tokenizer_settings(directory)
+        except (FileNotFoundError, TokenizerFileError) as error:
+            raise TokenizerError(str(error)) from error
         names = {**_named_tokens(settings), **_named_tokens(read_settings(directory / "special_tokens_map.json"))}
         pad = names.get("pad_token", END_OF_TEXT)
         structure = {IMAGE_START, IMAGE_END, IMAGE_CONTEXT, IM_START, IM_END, END_OF_TEXT, pad, *names.values()}

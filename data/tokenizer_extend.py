@@ -10,8 +10,9 @@ from pathlib import Path
 
 import tokenizers
 
-from evovlm.data.tokenizer import END_OF_TEXT, IM_END, IM_START, INTERNVL_TOKENS, TokenizerError, read_settings
+from evovlm.data.tokenizer import END_OF_TEXT, IM_END, IM_START, INTERNVL_TOKENS, TokenizerError
 from evovlm.data.tokenizer_training import CHAT_TEMPLATE, add_tokens
+from evovlm.models.tokenizer_json import TokenizerFileError, tokenizer_json, tokenizer_settings
 
 
 def extend_tokenizer(source: str | Path, directory: str | Path) -> tuple[str, ...]:
@@ -21,21 +22,23 @@ def extend_tokenizer(source: str | Path, directory: str | Path) -> tuple[str, ..
     turn becomes its end token, and the chat template is ``internvl2_5``.
 
     Args:
-        source: directory with ``tokenizer.json``, and ``tokenizer_config.json`` where there is one.
+        source: directory with ``tokenizer.json`` or ``tokenizer.model``, and ``tokenizer_config.json`` where there is
+            one.
         directory: where to write; made if absent.
 
     Returns:
         The tokens that were added, in the order of their ids; empty if all were there.
 
     Raises:
-        TokenizerError: ``source`` has no ``tokenizer.json``, or its settings are not a JSON object.
+        TokenizerError: ``source`` has no tokenizer to extend, or its settings are not a JSON object.
     """
     source, directory = Path(source), Path(directory)
-    file = source / "tokenizer.json"
-    if not file.is_file():
-        raise TokenizerError(f"tokenizer directory '{source}' has no tokenizer.json to extend")
-    backend = tokenizers.Tokenizer.from_file(str(file))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **read_settings(source / "tokenizer_config.json")}
+    try:
+        backend = tokenizers.Tokenizer.from_buffer(tokenizer_json(source))
+        settings = tokenizer_settings(source)
+    except (FileNotFoundError, TokenizerFileError) as error:
+        raise TokenizerError(str(error)) from error
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
     pad = settings.get("pad_token") or END_OF_TEXT
     pad = pad["content"] if isinstance(pad, dict) else pad
     wanted = dict.fromkeys((*INTERNVL_TOKENS, IM_START, IM_END, pad))

@@ -143,9 +143,9 @@ def open_generator(model: str | Path, *, backend: Backend = "evovlm", **options:
     # Imported where they are needed: the back ends build upon this file, and transformers takes seconds.
     if backend == "evovlm":
         from evovlm.engine.generation_own import OwnGenerator
+        from evovlm.engine.open_model import is_run
 
-        is_run = (Path(model) / "settings.json").is_file()
-        return (OwnGenerator.from_run if is_run else OwnGenerator.from_dir)(model, **options)
+        return (OwnGenerator.from_run if is_run(model) else OwnGenerator.from_dir)(model, **options)
     if backend == "transformers":
         from evovlm.engine.generation_transformers import TransformersGenerator
 

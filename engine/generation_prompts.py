@@ -7,7 +7,7 @@ new ids ────────────────────────
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -94,14 +94,28 @@ class PromptMaker:
         chat = prompt(turns, len(request.images), self.tokenizer, name=request.name)
         header = len(self.answer_ids(""))
         ids = np.concatenate([chat.ids[:-header], self.answer_ids(request.prefix)]).astype(np.int32)
+        return self.lay_out(ids, chat.insert_at, request.images, request.name)
+
+    def lay_out(self, ids: NDArray[np.int32], insert_at: Sequence[int], images: tuple[Path, ...], name: str) -> Prompt:
+        """Load images, and put their runs into ids that are rendered.
+
+        Args:
+            ids: int32 ``[n]``, collapsed, as ``evovlm.data.chat`` renders them.
+            insert_at: Where in ``ids`` the run of each image belongs.
+            images: Files.
+            name: What error messages call them.
+
+        Raises:
+            SampleError: An image cannot be read.
+        """
         try:
-            counts, tiles = self._see(request.images)
+            counts, tiles = self._see(images)
         except SampleError as error:
-            raise SampleError(error.reason, error.detail, request.name) from error
+            raise SampleError(error.reason, error.detail, name) from error
         lengths = [count * self.config.tokens_per_tile for count in counts]
         nothing = np.zeros(len(ids), dtype=np.bool_)
-        tokens, _ = expand(ids, nothing, chat.insert_at, lengths, self.tokenizer.image_context)
-        starts = np.array(chat.insert_at, dtype=np.int64) + np.cumsum([0, *lengths])[: len(lengths)]
+        tokens, _ = expand(ids, nothing, insert_at, lengths, self.tokenizer.image_context)
+        starts = np.array(insert_at, dtype=np.int64) + np.cumsum([0, *lengths])[: len(lengths)]
         runs = list(zip(starts.tolist(), lengths, strict=True))
         rows: list[NDArray[np.int64]] = [np.arange(start, start + length) for start, length in runs]
         return Prompt(

@@ -16,8 +16,8 @@ import torch
 
 from evovlm.data.tokenizer import Tokenizer
 from evovlm.engine.generation import Completion, GenerationError, Request, Sampling
-from evovlm.engine.generation_own import published_normalization
 from evovlm.engine.generation_prompts import PromptMaker, in_order
+from evovlm.engine.open_model import published_normalization
 from evovlm.models.hf.load import detect, load_config
 
 _THREADS, _AHEAD = 2, 2

@@ -8,36 +8,27 @@ A build that is started again goes on where it ended. Samples stay, with their v
 samples, and what a model says depends on seed, question and number of the answer alone.
 """
 
-import json
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from itertools import chain
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from evovlm.csrc.random import choice_index, keys
 from evovlm.data.answers.prompts import ask
-from evovlm.data.answers.rules import CORRECT_ABOVE, Scorer, judge, open_scorers
+from evovlm.data.answers.rules import CORRECT_ABOVE, open_scorers
 from evovlm.data.errors import SampleError
-from evovlm.data.images import read_size
 from evovlm.data.meta import DatasetMeta, load_meta
 from evovlm.data.preference_pairs import keep_beginning, without_images
-from evovlm.data.questions import Question, num_questions, read_questions
+from evovlm.data.questions import Question
+from evovlm.engine.answer_sampler import AnswerSampler, OpenGenerator, Report, check_same, question_record
 from evovlm.engine.answer_store import AnswerStore, Record
-from evovlm.engine.generation import Generator, Request
+from evovlm.engine.build_folder import claim, stored_settings
+from evovlm.engine.generation import Request
 from evovlm.engine.preference_merge import merge
 from evovlm.engine.preference_settings import BuildSettings
 from evovlm.parallel.world import World
 
 _READING = ("method", "meta", "prompt")  # what samples are read by; the rest only made them
-
-OpenGenerator = Callable[[int | None], Generator]
-"""Called with a dataset's tile cap (None: the model's own) when there is something to generate for it."""
-
-Report = Callable[[int, int], None]
-"""Called as (questions done, questions in all), both of this rank's share."""
 
 
 def build_preferences(
@@ -73,13 +64,12 @@ def build_preferences(
     """
     datasets = load_meta(meta).datasets
     settings.rules.check_datasets(dataset.name for dataset in datasets)
-    share = sum(len(range(world.rank, _num(dataset, settings), world.size)) for dataset in datasets)
     reuse = open_generator is None
     if world.is_main:
-        _claim(out, settings.identity(meta, model), reuse=reuse)
+        claim(out, settings.identity(meta, model), kind="preference data", reading=_READING if reuse else None)
     world.barrier()
     if reuse and settings.method == "correctness":
-        settings = replace(settings, num_samples=json.loads((out / "settings.json").read_text())["num_samples"])
+        settings = replace(settings, num_samples=stored_settings(out)["num_samples"])
     summary: dict[str, Any] = {}
     with ExitStack() as stack:
         scorers = stack.enter_context(open_scorers({settings.rules.of(dataset.name) for dataset in datasets}))
@@ -88,7 +78,11 @@ def build_preferences(
         earlier = None
         if settings.chosen_from is not None:
             earlier = stack.enter_context(AnswerStore(settings.chosen_from / "samples"))
-        sampler = _Sampler(settings, store, earlier, scorers, open_generator, report or (lambda *_: None), share)
+        asking = settings.asking
+        share = asking.share(datasets, world.rank, world.size)
+        common = (asking, store, scorers, open_generator, report or (lambda *_: None), share)
+        dropout = settings.method == "dropout-ntp"
+        sampler = _DropoutSampler(settings, earlier, *common) if dropout else AnswerSampler(*common)
         # One tile cap after the other: each may need a generator of its own.
         for dataset in sorted(datasets, key=lambda dataset: dataset.max_tiles or 0):
             sampler.sample(dataset, world.rank, world.size)
@@ -100,95 +94,27 @@ def build_preferences(
     return summary
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """A question that is under way: its request, and the beginning of its line in the store."""
+class _DropoutSampler(AnswerSampler):
+    """Has good answers finished without the image; nothing is judged."""
 
-    question: Question
-    request: Request
-    record: Record
+    def __init__(self, settings: BuildSettings, earlier: AnswerStore | None, *sampler: Any) -> None:
+        super().__init__(*sampler)
+        self.settings, self.earlier = settings, earlier
 
+    def request(self, question: Question, dataset: DatasetMeta) -> tuple[Request, Record]:
+        """Make a question's request; raises ``SampleError`` if there is nothing to continue."""
+        del dataset  # its images are not shown
+        text = ask(question.text, self.asking.style)
+        chosen = question.reference if self.earlier is None else self._correct(question, self.earlier)
+        prefix = keep_beginning(chosen, self.settings.start_ratio)
+        turns = question.turns(without_images(text), self.asking.system_prompt)
+        record = {**question_record(question, text), "chosen": chosen, "prefix": prefix}
+        return Request(question.name, turns, prefix=prefix), record
 
-class _Sampler:
-    """Asks a rank's questions, and judges the replies."""
-
-    def __init__(
-        self,
-        settings: BuildSettings,
-        store: AnswerStore,
-        earlier: AnswerStore | None,
-        scorers: Mapping[str, Scorer],
-        open_generator: OpenGenerator | None,
-        report: Report,
-        share: int,
-    ) -> None:
-        self.settings, self.store, self.earlier, self.scorers = settings, store, earlier, scorers
-        self.open_generator, self.report, self.share = open_generator, report, share
-        self.done = 0
-        self.asked: deque[_Asked] = deque()
-
-    def sample(self, dataset: DatasetMeta, rank: int, size: int) -> None:
-        """Ask a dataset's questions that have no answers yet; judge the others again where the rule is another."""
-        questions = self._questions(dataset, rank, size)
-        again: list[_Asked] = [first for first in [next(questions, None)] if first is not None]
-        while again and self.open_generator is not None:
-            generator = self.open_generator(dataset.max_tiles)
-            try:
-                for completions in generator.generate(self._requests(chain(again, questions)), self.settings.sampling):
-                    asked = self.asked.popleft()
-                    answers = [asdict(completion) for completion in completions]
-                    self._store(asked.question, self._judged({**asked.record, "answers": answers}, asked.question))
-                again = []
-            except SampleError as error:
-                refused = [asked for asked in self.asked if asked.question.name == error.name]
-                if not refused:
-                    raise
-                self._store(refused[0].question, {"skipped": error.reason, "detail": error.detail})
-                again = [asked for asked in self.asked if asked is not refused[0]]
-                again = again or [first for first in [next(questions, None)] if first is not None]
-                self.asked.clear()
-
-    def _requests(self, questions: Iterable["_Asked"]) -> Iterator[Request]:
-        for asked in questions:
-            self.asked.append(asked)
-            yield asked.request
-
-    def _questions(self, dataset: DatasetMeta, rank: int, size: int) -> Iterator["_Asked"]:
-        """Yield the questions that must be asked."""
-        settings = self.settings
-        for question in read_questions(dataset, limit=settings.limit, start=settings.start, rank=rank, size=size):
-            if isinstance(question, SampleError):  # read again, and counted, when samples are merged
-                self._count()
-                continue
-            record = self.store.get(question.name)
-            if record is not None and "skipped" not in record:
-                _check_same(record, ask(question.text, settings.style), question)
-                judged = self._judged(record, question)
-                if judged != record:
-                    self.store.append(question.name, judged)
-                self._count()
-            elif self.open_generator is not None:
-                try:
-                    yield self._ask(question, dataset)
-                except SampleError as error:
-                    self._store(question, {"skipped": error.reason, "detail": error.detail})
-
-    def _ask(self, question: Question, dataset: DatasetMeta) -> "_Asked":
-        """Make a question's request; raises ``SampleError`` if it cannot be asked."""
-        settings = self.settings
-        text = ask(question.text, settings.style)
-        record: Record = {"image": list(question.images), "question": text, "answer_gt": question.truth}
-        if settings.method == "dropout-ntp":
-            chosen = question.reference if self.earlier is None else self._correct(question, self.earlier)
-            prefix = keep_beginning(chosen, settings.start_ratio)
-            record |= {"chosen": chosen, "prefix": prefix}
-            turns = question.turns(without_images(text), settings.system_prompt)
-            return _Asked(question, Request(question.name, turns, prefix=prefix), record)
-        images = tuple(dataset.root / image for image in question.images)
-        for image in images:
-            read_size(image, decode=True, name=question.name)
-        turns = question.turns(text, settings.system_prompt)
-        return _Asked(question, Request(question.name, turns, images, num=settings.num_samples), record)
+    def judged(self, record: Record, question: Question) -> Record:
+        """Return the record as it is."""
+        del question
+        return record
 
     def _correct(self, question: Question, earlier: AnswerStore) -> str:
         """Choose one of the correct replies of an earlier build, by key."""
@@ -196,57 +122,5 @@ class _Sampler:
         right = [answer["text"] for answer in record.get("answers", ()) if answer.get("score", 0.0) > CORRECT_ABOVE]
         if not right:
             raise SampleError("no correct answer", f"'{question.name}' has none in {self.settings.chosen_from}")
-        _check_same(record, ask(question.text, self.settings.style), question)
-        return str(right[int(choice_index(keys("chosen", self.settings.sampling.seed, question.name), len(right)))])
-
-    def _judged(self, record: Record, question: Question) -> Record:
-        if self.settings.method == "dropout-ntp":
-            return record
-        rule = self.settings.rules.of(question.dataset)
-        answers = []
-        for answer in record["answers"]:
-            verdict = judge(
-                answer["text"], question.truth, self.scorers[rule], self.settings.style, finished=answer["finished"]
-            )
-            answers.append({**answer, "answer": verdict.answer, "score": verdict.score})
-        return {**record, "rule": rule, "answers": answers}
-
-    def _store(self, question: Question, record: Record) -> None:
-        self.store.append(question.name, record)
-        self._count()
-
-    def _count(self) -> None:
-        self.done += 1
-        self.report(self.done, self.share)
-
-
-def _num(dataset: DatasetMeta, settings: BuildSettings) -> int:
-    return num_questions(dataset, limit=settings.limit, start=settings.start)
-
-
-def _check_same(record: Record, text: str, question: Question) -> None:
-    if (record["question"], record["answer_gt"]) != (text, question.truth):
-        raise ValueError(
-            f"sample '{question.name}': the samples are of the question {record['question'][:60]!r} with the answer "
-            f"{record['answer_gt'][:40]!r}, the data have another: use a new folder"
-        )
-
-
-def _claim(out: Path, identity: Mapping[str, Any], *, reuse: bool) -> None:
-    """Write down what the samples of a folder depend on, or check that it is the same."""
-    file = out / "settings.json"
-    if file.is_file():
-        there = json.loads(file.read_text(encoding="utf-8"))
-        for key in _READING if reuse else identity:
-            value = identity[key]
-            if there.get(key) != value:
-                raise ValueError(
-                    f"{out} holds samples made with {key} = {there.get(key)!r}, not {value!r}: use another folder"
-                )
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is no folder of preference data: use another")
-    if reuse:
-        raise FileNotFoundError(f"{out} holds no samples that could be judged again")
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(identity, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        check_same(record, ask(question.text, self.asking.style), question)
+        return str(right[int(choice_index(keys("chosen", self.asking.sampling.seed, question.name), len(right)))])

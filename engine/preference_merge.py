@@ -8,7 +8,6 @@ The result depends on samples and settings, not on the ranks: questions come in 
 """
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,12 +16,14 @@ from typing import Any
 import numpy as np
 
 from evovlm.csrc.random import key
+from evovlm.data.annotation import image_value
 from evovlm.data.answers.rules import CORRECT_ABOVE
 from evovlm.data.errors import SampleError
 from evovlm.data.meta import DatasetMeta
 from evovlm.data.preference_pairs import JudgedAnswer, correctness_pairs, pairs_per_question, thin_out
 from evovlm.data.questions import Question, num_questions, read_questions
 from evovlm.engine.answer_store import AnswerStore, Record
+from evovlm.engine.build_folder import free_name, meta_entry, write_json
 from evovlm.engine.preference_settings import BuildSettings
 
 FORMAT_RULES = "format_rules"
@@ -82,7 +83,7 @@ def merge(datasets: Sequence[DatasetMeta], out: Path, store: AnswerStore, settin
     sets: dict[str, tuple[DatasetMeta, int]] = {}
     for dataset in datasets:
         counts = _Counts()
-        names = [_free_name(f"{dataset.name}{ending}", sets) for ending in ("", f"_{FORMAT_RULES}")]
+        names = [free_name(f"{dataset.name}{ending}", sets) for ending in ("", f"_{FORMAT_RULES}")]
         numbers = [0, 0]
         with (out / f"{names[0]}.jsonl").open("wb") as pairs, (out / f"{names[1]}.jsonl").open("wb") as unreadable:
             for is_format, line in _lines(dataset, store, settings, counts):
@@ -100,11 +101,11 @@ def merge(datasets: Sequence[DatasetMeta], out: Path, store: AnswerStore, settin
         "sets": {name: number for name, number in kept.items() if number},
         "datasets": by_dataset,
     }
-    _write_json(out / "summary.json", summary)
+    write_json(out / "summary.json", summary)
     if not total:
         raise ValueError(_nothing(out, all_counts, settings))
-    meta = {name: _entry(dataset, name, kept[name]) for name, (dataset, _) in sets.items() if kept[name]}
-    _write_json(out / "meta.json", meta)
+    meta = {name: meta_entry(dataset, name, kept[name]) for name, (dataset, _) in sets.items() if kept[name]}
+    write_json(out / "meta.json", meta)
     return summary
 
 
@@ -176,7 +177,7 @@ def _line(record: Record, question: Question, chosen: str, rejected: str) -> dic
     line: dict[str, Any] = {} if question.id is None else {"id": question.id}
     images = record["image"]
     if images:
-        line["image"] = images[0] if len(images) == 1 else images
+        line["image"] = image_value(images)
     line |= {"question": record["question"], "chosen": chosen, "rejected": rejected}
     line |= {"answer_gt": record["answer_gt"], "source": question.name}
     if record["question"] != question.text:
@@ -209,20 +210,6 @@ def _thin_out(numbers: dict[str, int], out: Path, settings: BuildSettings) -> di
     return kept
 
 
-def _entry(dataset: DatasetMeta, name: str, length: int) -> dict[str, Any]:
-    entry: dict[str, Any] = {"root": str(dataset.root), "annotation": f"{name}.jsonl", "data_augment": False}
-    entry |= {"repeat_time": 1, "length": length}
-    return entry if dataset.max_tiles is None else {**entry, "max_dynamic_patch": dataset.max_tiles}
-
-
-def _free_name(name: str, taken: dict[str, Any]) -> str:
-    """Make a dataset's name one of a file that no other dataset has."""
-    name = re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "dataset"
-    while name in taken:
-        name += "_"
-    return name
-
-
 def _nothing(out: Path, counts: _Counts, settings: BuildSettings) -> str:
     main = counts.main
     if not main["questions"]:
@@ -235,7 +222,3 @@ def _nothing(out: Path, counts: _Counts, settings: BuildSettings) -> str:
         f"have correct answers only, {main['all_wrong']} have none; try another temperature or rule "
         f"(counts: {out / 'summary.json'})"
     )
-
-
-def _write_json(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from evovlm.data.answers.prompts import PromptStyle
 from evovlm.data.answers.rules import Rules
 from evovlm.data.preference_pairs import keep_beginning
+from evovlm.engine.answer_sampler import Asking
 from evovlm.engine.generation import Sampling
 
 Method = Literal["correctness", "dropout-ntp"]
@@ -65,6 +66,13 @@ class BuildSettings:
             raise ValueError("chosen_from is for the method dropout-ntp; correctness samples its own answers")
         if self.chosen_from is not None and not (self.chosen_from / "samples").is_dir():
             raise FileNotFoundError(f"{self.chosen_from} is not the folder of a build: it has no samples/")
+
+    @property
+    def asking(self) -> Asking:
+        """What questions are asked, and how."""
+        return Asking(
+            self.sampling, self.rules, self.style, self.num_samples, self.system_prompt, self.limit, self.start
+        )
 
     def identity(self, meta: Path, model: str) -> dict[str, Any]:
         """Return what the samples depend on: builds that differ here cannot share a folder."""

@@ -24,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 def step_line(metrics: Mapping[str, Any]) -> str:
     """Format one step in the field's usual form."""
     return (
-        f"step {metrics['step']:>6} | loss {metrics['loss']:.4f}{preference_line(metrics)}"
+        f"step {metrics['step']:>6} | loss {metrics['loss']:.4f}{stage_line(metrics)}"
         f" | grad norm {metrics['grad_norm']:.3f} | lr {metrics['lr']:.2e} | {metrics['tokens_per_second']:,.0f} tok/s"
         f" | {metrics['visual_tokens_per_second']:,.0f} visual tok/s | MFU {metrics['mfu']:.1%}"
         f" | load LLM {metrics['llm_imbalance']:.3f} ViT {metrics['vit_imbalance']:.3f}"
@@ -33,8 +33,10 @@ def step_line(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def preference_line(metrics: Mapping[str, Any]) -> str:
-    """What a step or a validation pass says of preference pairs, if there were any."""
+def stage_line(metrics: Mapping[str, Any]) -> str:
+    """What a step or a validation pass says of preference pairs, or of judged steps, if there were any."""
+    if "step_accuracy" in metrics:
+        return f" | {metrics['step_accuracy']:.1%} of steps judged right, macro-F1 {metrics['macro_f1']:.3f}"
     if "rewards/margins" not in metrics:
         return ""
     return (
@@ -112,7 +114,7 @@ class RunLog:
         if self.enabled:
             own = dict(metrics or {})
             self._record("val", {"step": step, "val_loss": loss, **{f"val_{name}": own[name] for name in own}})
-            said = preference_line(own)
+            said = stage_line(own)
             self.message(f"step {step:>6} | validation loss {loss:.4f}{said} over {tokens:,} supervised tokens")
 
     def _record(self, group: str, metrics: Mapping[str, Any]) -> None:

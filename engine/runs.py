@@ -24,6 +24,7 @@ from evovlm.models.config import DecoderConfig, InternVLConfig, VisionConfig
 from evovlm.models.hf.names import Format
 from evovlm.models.hf.save import save_pretrained
 from evovlm.models.internvl import InternVL
+from evovlm.models.tokenizer_json import write_tokenizer_json
 from evovlm.parallel.pieces import write_piece
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "Pillow", "pydantic")
@@ -58,6 +59,8 @@ def start_run(settings: RunSettings, source: ModelSource) -> None:
         for file in names:
             if (source.tokenizer_dir / file).is_file():
                 shutil.copy2(source.tokenizer_dir / file, target / file)
+        if not (target / "tokenizer.json").is_file():
+            write_tokenizer_json(source.tokenizer_dir, target)
 
 
 def read_settings(run: Path) -> RunSettings:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from evovlm.data.curriculum import Phase
 from evovlm.engine.recompute import Recompute
-from evovlm.engine.stages import MPOStage, PretrainStage, SFTStage
+from evovlm.engine.stages import MPOStage, PretrainStage, PRMStage, SFTStage
 from evovlm.parallel.layout import Layout, ParallelPlan
 from evovlm.parallel.pipeline import Schedule
 
@@ -296,7 +296,7 @@ class RunSettings(Settings):
 
     out: Path
     """Run directory."""
-    stage: Annotated[PretrainStage | SFTStage | MPOStage, Field(discriminator="name")]
+    stage: Annotated[PretrainStage | SFTStage | MPOStage | PRMStage, Field(discriminator="name")]
     model: ModelSettings
     data: DataSettings
     optim: OptimSettings

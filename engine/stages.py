@@ -1,12 +1,12 @@
 """What differs between the stages of training: small tables over one trainer.
 
-| | pretrain (native, spec §6.1) | sft | mpo (spec §4) |
-|---|---|---|---|
-| index of | conversations | conversations | preference pairs |
-| visual stride δ | drawn for each image from 1, 1/2, …, 1/256 | fixed 1/4, the best published | fixed 1/4 |
-| language : multimodal tokens | 1 : 3 | as the data is | as the data is |
-| loss | cross-entropy | cross-entropy | DPO, BCO and cross-entropy of chosen answers |
-| loss weight of a token | 1/√n (square) | 1/√n (square) | 1 |
+| | pretrain (native, spec §6.1) | sft | mpo (spec §4) | prm (spec §5) |
+|---|---|---|---|---|
+| index of | conversations | conversations | preference pairs | conversations: steps, "+" or "-" |
+| visual stride δ | drawn for each image from 1, 1/2, …, 1/256 | fixed 1/4, the best published | fixed 1/4 | fixed 1/4 |
+| language : multimodal tokens | 1 : 3 | as the data is | as the data is | as the data is |
+| loss | cross-entropy | cross-entropy | DPO, BCO and cross-entropy of chosen answers | cross-entropy |
+| loss weight of a token | 1/√n (square) | 1/√n (square) | 1 | 1/√n (square) |
 """
 
 from typing import Literal
@@ -56,3 +56,11 @@ class MPOStage(Stage):
     """The cross-entropy of chosen answers is a mean over their tokens."""
     loss: PreferenceLossSettings = PreferenceLossSettings()
     """Terms of the loss, and their weights."""
+
+
+class PRMStage(Stage):
+    """Process reward model: fine-tuning on the conversations that ``evovlm prm build`` writes."""
+
+    name: Literal["prm"]
+    v2pe: V2PESettings = V2PESettings(mode="fixed", delta=0.25)
+    language_ratio: str = "natural"

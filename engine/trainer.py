@@ -25,10 +25,12 @@ from evovlm.engine.flops import forward_flops, peak_flops, training_flops
 from evovlm.engine.model_source import ModelSource, open_source
 from evovlm.engine.optimizer import lr_factor
 from evovlm.engine.preference_run import PreferenceRun
+from evovlm.engine.prm_steps import PRMSteps
 from evovlm.engine.run_data import RunData, open_data
 from evovlm.engine.runlog import RunLog, peak_memory_gib
 from evovlm.engine.runs import start_run
 from evovlm.engine.schedule import changes_of_data, dataset_entries
+from evovlm.engine.score_prompts import sign_ids
 from evovlm.engine.settings import DTYPES, RunSettings
 from evovlm.engine.steps import Steps, SupervisedSteps
 from evovlm.models.hf.names import Format
@@ -64,7 +66,7 @@ def train(settings: RunSettings, world: World, resume: str = "none") -> Path:
         source = preference.watch(source)
     engine = build_engine(settings, source, world)
     # Before a checkpoint is loaded: the weights that the run starts from may be the reference.
-    steps: Steps = SupervisedSteps(engine) if preference is None else preference.steps(engine)
+    steps: Steps = _supervised_steps(settings, source, engine) if preference is None else preference.steps(engine)
     identity = _identity(settings, source, data)
     if preference is not None:
         identity["reference"] = preference.identity
@@ -101,6 +103,12 @@ def train(settings: RunSettings, world: World, resume: str = "none") -> Path:
             export(engine, source, settings.out / "export", settings.export, settings.data.normalize)
             log.message(f"exported to {settings.out / 'export'} ({settings.export} format)")
     return settings.out
+
+
+def _supervised_steps(settings: RunSettings, source: ModelSource, engine: Engine) -> SupervisedSteps:
+    if settings.stage.name == "prm":
+        return PRMSteps(engine, sign_ids(source.tokenizer))
+    return SupervisedSteps(engine)
 
 
 def export(engine: Engine, source: ModelSource, out: Path, format: Format, normalize: str) -> None:

@@ -17,7 +17,11 @@ from typing import Annotated, Literal
 import typer
 
 from evovlm.launch.cli_bench import bench_app
+from evovlm.launch.cli_best_of_n import best_of_n
+from evovlm.launch.cli_evaluate import evaluate
 from evovlm.launch.cli_preference import preference_app
+from evovlm.launch.cli_prm import prm_app
+from evovlm.launch.cli_score import score
 from evovlm.launch.heap import restart_with_heap
 from evovlm.launch.ranks import RankError, RankInfo, RunInterrupted, leave_error, start_ranks
 
@@ -162,27 +166,7 @@ def submit(
     )
 
 
-@app.command()
-def evaluate(
-    context: typer.Context,
-    run: Run,
-    ranks: Annotated[int | None, typer.Option(min=1, help="Processes to start on this machine.")] = None,
-    checkpoint: Annotated[
-        str, typer.Option(help="newest, initial (the weights the run started from), or a checkpoint's folder.")
-    ] = "newest",
-    test_index: Annotated[
-        Path | None, typer.Option(help="Index of questions, one dataset per task; by default what the run names.")
-    ] = None,
-) -> None:
-    """Score a run's model on its test tasks.
-
-    Answers are decoded greedily and compared exactly; scores and answers go to evaluations/ in the run's folder.
-    """
-    from evovlm.launch import commands
-
-    me = as_rank(ranks, 1, context.obj)
-    if me is not None:
-        commands.evaluate(run, me, checkpoint, test_index)
+app.command()(evaluate)
 
 
 @app.command()
@@ -313,6 +297,9 @@ def verify(
 
 app.add_typer(bench_app, name="bench")
 app.add_typer(preference_app, name="preference")
+app.add_typer(prm_app, name="prm")
+app.command()(score)
+app.command()(best_of_n)
 
 
 @app.command()

@@ -10,7 +10,10 @@ preference_app = typer.Typer(
     help="Preference data: pairs of a better and a worse answer, for MPO.", no_args_is_help=True, rich_markup_mode=None
 )
 
-_RULES = "exact, choice, numeric, numeric:TOLERANCE, relaxed, anls, vqa or math"
+_RULES = (
+    "exact, choice, numeric, numeric:TOLERANCE, relaxed, anls, vqa, contains, yes_no, iou, point, mra, mathvista or "
+    "math"
+)
 
 
 class Method(StrEnum):
@@ -115,6 +118,7 @@ def build(
     """
     from evovlm.launch import preference
     from evovlm.launch.cli import as_rank
+    from evovlm.launch.sampling import Source
 
     options = preference.Options(
         method=method.value,
@@ -134,7 +138,7 @@ def build(
         system_prompt=system_prompt,
         seed=seed,
     )
-    source = preference.Source(model=model, backend=backend.value, url=url, api_key=api_key, reuse=reuse_samples)
+    source = Source(model=model, backend=backend.value, url=url, api_key=api_key, reuse=reuse_samples)
     preference.check(meta, options, source)  # mistakes show here, once, before any rank starts
     me = as_rank(ranks, 1, context.obj)
     if me is not None:

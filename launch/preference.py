@@ -4,23 +4,18 @@ Imports stand inside the functions: the command line's help pays for none of the
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from evovlm.launch.ranks import RankInfo, process_group
+from evovlm.launch.sampling import A_WEEK, Source, check_source, progress
 
 if TYPE_CHECKING:
-    import torch
     from rich.console import Console
 
-    from evovlm.engine.generation import Generator
     from evovlm.engine.preference_settings import BuildSettings
-
-_A_WEEK = 7 * 24 * 3600.0
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclass(frozen=True)
@@ -67,39 +62,6 @@ class Options:
         )
 
 
-@dataclass(frozen=True)
-class Source:
-    """What the command line says about the generator.
-
-    Attributes:
-        model: Run, exported directory, or a server's name for it.
-        backend: What generates.
-        url: Of the server.
-        api_key: For the server.
-        reuse: Nothing is generated.
-    """
-
-    model: str | None
-    backend: Literal["evovlm", "transformers", "server"]
-    url: str | None = None
-    api_key: str | None = None
-    reuse: bool = False
-
-    @property
-    def name(self) -> str:
-        """What samples are attributed to."""
-        return str(self.model if self.backend == "server" else Path(self.model or "").absolute())
-
-    def open(self, max_tiles: int | None, device: "torch.device") -> "Generator":
-        """Open the generator; a server tiles images by its own settings."""
-        from evovlm.engine.generation import open_generator
-
-        options: dict[str, Any] = {"device": device, "max_tiles": max_tiles}
-        if self.backend == "server":
-            options = {"url": self.url, "api_key": self.api_key}
-        return open_generator(self.model or "", backend=self.backend, **options)
-
-
 def check(meta: Path, options: Options, source: Source) -> None:
     """Raise a ``ValueError`` or ``FileNotFoundError`` for what is wrong with the options or the meta JSON."""
     from evovlm.data.answers.rules import open_scorers
@@ -110,14 +72,7 @@ def check(meta: Path, options: Options, source: Source) -> None:
     settings.rules.check_datasets(names)
     with open_scorers({settings.rules.of(name) for name in names}):
         pass  # a package that a rule needs may be missing
-    if source.reuse:
-        return
-    if source.model is None:
-        raise ValueError("--model is missing: name a run, an exported model, or a server's model")
-    if (source.backend == "server") != (source.url is not None):
-        raise ValueError("--backend server and --url go together: the address of an OpenAI-compatible server")
-    if source.backend != "server" and not Path(source.model).is_dir():
-        raise FileNotFoundError(f"there is no folder {source.model}: --model names a run or an exported model")
+    check_source(source)
 
 
 def build(meta: Path, out: Path, options: Options, source: Source, ranks: RankInfo) -> None:
@@ -128,27 +83,19 @@ def build(meta: Path, out: Path, options: Options, source: Source, ranks: RankIn
     """
     from rich.console import Console
 
-    from evovlm.engine.generation import GenerationError, Generator
+    from evovlm.engine.generation import GenerationError
     from evovlm.engine.preference_build import build_preferences
 
     console, started = Console(stderr=True), time.monotonic()
-    opened: dict[int | None, Generator] = {}
     # Ranks end when their questions do: the first may have to wait for the last one for days.
-    with process_group(ranks, timeout=_A_WEEK) as world, _progress(console, show=world.is_main) as report:
-
-        def open_generator(max_tiles: int | None) -> Generator:
-            if max_tiles not in opened:
-                opened.clear()  # before another copy of the model is read
-                opened[max_tiles] = source.open(max_tiles, world.device)
-            return opened[max_tiles]
-
+    with process_group(ranks, timeout=A_WEEK) as world, progress(console, show=world.is_main) as report:
         try:
             summary = build_preferences(
                 meta,
                 out,
                 options.settings(),
                 world,
-                None if source.reuse else open_generator,
+                source.opener(world.device),
                 model=source.name,
                 report=report,
             )
@@ -156,41 +103,6 @@ def build(meta: Path, out: Path, options: Options, source: Source, ranks: RankIn
             raise ValueError(str(error)) from error
     if ranks.rank == 0:
         _print(summary, out, time.monotonic() - started, Console())
-
-
-@contextmanager
-def _progress(console: "Console", *, show: bool) -> Iterator[Callable[[int, int], None]]:
-    """Give a callback that draws a bar on a terminal, and prints a line now and then where there is none."""
-    if not show:
-        yield lambda *_: None
-        return
-    if not console.is_terminal:
-        started = last = time.monotonic()
-
-        def print_line(done: int, total: int) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if done < total and now - last < _SECONDS_BETWEEN_LINES:
-                return
-            last = now
-            rate = done / max(now - started, 1e-9)
-            console.print(f"{done} of {total} questions of rank 0, {rate:.1f}/s", highlight=False)
-
-        yield print_line
-        return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("questions of rank 0"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("sampling", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _print(summary: dict[str, Any], out: Path, seconds: float, console: "Console") -> None:

@@ -6,6 +6,9 @@
     sft       evovlm train quickstart/sft        ─► OUT/sft           conversations
     pairs     evovlm preference build, index     ─► OUT/pairs, OUT/index/mpo       its own right and wrong answers
     mpo       evovlm train quickstart/mpo        ─► OUT/mpo           preference optimisation
+    labels    evovlm prm build, index            ─► OUT/labels, OUT/index/prm      its own solutions, step by step
+    prm       evovlm train quickstart/prm        ─► OUT/prm           process reward model
+    select    evovlm best-of-n, prm evaluate     ─► OUT/best_of_8     the best of eight solutions, by the reward model
     evaluate  evovlm evaluate, four times: random weights, after pre-training, after SFT, after MPO
                                                  ─► OUT/summary.json
 
@@ -19,22 +22,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from evovlm.data.build_index import IndexSettings
 from evovlm.data.index_format import Kind
 from evovlm.data.index_progress import show_progress
 from evovlm.data.synthetic import build_quickstart_data
 from evovlm.launch.indexing import build_with_progress
+from evovlm.launch.quickstart_summary import summarize
 from evovlm.launch.ranks import start_ranks
 from evovlm.models.table import TINY
 
 SYSTEM_PROMPT = "Look."
 """The published one has more tokens than a tiny model's whole answer."""
+PRM_SYSTEM_PROMPT = "Judge."
+"""Likewise."""
 PARTS = ("pretrain", "sft", "val", "test")
-BEFORE = {"sft": "pretrain", "mpo": "sft"}
+BEFORE = {"sft": "pretrain", "mpo": "sft", "prm": "mpo"}
 """Stage → whose export it starts from."""
 SHORT_SCALE = 0.05
 SHORT_STEPS = 12
@@ -42,6 +46,11 @@ PAIRS = {"mpo": "sft", "mpo_val": "val"}
 """Index of pairs → part of the data whose questions they answer."""
 QUESTIONS, SAMPLES, MAX_PAIRS = 6000, 8, 4
 """Questions of each task, answers to each, and most pairs of one."""
+LABELS = {"prm": "sft", "prm_val": "val"}
+"""Index of judged solutions → part of the data whose sums they solve."""
+SUMS, SOLUTIONS, ROLLOUTS = 1500, 4, 4
+"""Sums that are solved, solutions of each, and continuations from the end of each step."""
+CANDIDATES = 8
 SHORT_QUESTIONS = 40
 
 
@@ -100,7 +109,7 @@ class Quickstart:
                 f"--num-samples={SAMPLES}",
                 f"--max-pairs={MAX_PAIRS}",
                 "--temperature=1",
-                "--max-new-tokens=32",
+                "--max-new-tokens=48",
                 "--verify=exact",
                 f"--system-prompt={SYSTEM_PROMPT}",
                 f"--seed={self.seed}",
@@ -111,6 +120,64 @@ class Quickstart:
                 self._command(["preference", "build", str(self.out / "data" / f"{part}.json"), *words])
             self._index(folder / "meta.json", name, "preference")
 
+    def labels(self) -> None:
+        """Let the tuned model solve training and held-out sums, and label each step by how its continuations end."""
+        for name, part in LABELS.items():
+            folder = self.out / "labels" / name
+            words = [
+                f"--out={folder}",
+                f"--model={self.out / 'mpo'}",
+                f"--limit={SHORT_QUESTIONS if self.short else SUMS}",
+                f"--num-solutions={SOLUTIONS}",
+                f"--rollouts={ROLLOUTS}",
+                *self._solving,
+                f"--prm-system-prompt={PRM_SYSTEM_PROMPT}",
+            ]
+            if not (folder / "meta.json").is_file():
+                self._command(["prm", "build", str(self._sums(part)), *words])
+            self._index(folder / "meta.json", name, "conversations")
+
+    @property
+    def _solving(self) -> list[str]:
+        """How solutions are sampled and checked."""
+        return [
+            "--temperature=1",
+            "--max-new-tokens=96",
+            "--prompt=marked",
+            "--verify=exact",
+            f"--system-prompt={SYSTEM_PROMPT}",
+            f"--seed={self.seed}",
+        ]
+
+    def _sums(self, part: str) -> Path:
+        """Write a meta JSON of a part's sums alone."""
+        path = self.out / "data" / f"{part}_sums.json"
+        meta = json.loads((self.out / "data" / f"{part}.json").read_text())
+        path.write_text(json.dumps({"sums": meta["sums"]}, indent=2) + "\n")
+        return path
+
+    def select(self) -> None:
+        """Solve held-out sums eight times each, and choose; measure how well steps are judged."""
+        words = [
+            str(self._sums("test")),
+            f"--out={self.out / 'best_of_8'}",
+            f"--model={self.out / 'mpo'}",
+            f"--critic-model={self.out / 'prm'}",
+            *(f"--critic={critic}" for critic in ("prm", "majority", "random")),
+            f"--num={CANDIDATES}",
+            *self._solving,
+            f"--critic-system-prompt={PRM_SYSTEM_PROMPT}",
+        ]
+        self._command(["best-of-n", *words])
+        judged = self.out / "labels" / "prm_val" / "steps" / "sums.jsonl"
+        words = [f"--model={self.out / 'prm'}", f"--system-prompt={PRM_SYSTEM_PROMPT}", f"--json={self.step_scores}"]
+        self._command(["prm", "evaluate", str(judged), *words])
+
+    @property
+    def step_scores(self) -> Path:
+        """Where it says how well steps are judged."""
+        return self.out / "prm" / "evaluations" / "steps.json"
+
     def train(self, stage: str) -> None:
         """Train a stage, or continue it, unless its export is there."""
         run, index = self.out / stage, self.out / "index"
@@ -120,7 +187,7 @@ class Quickstart:
             f"--out={run}",
             f"--seed={self.seed}",
             f"--data.index={index / stage}",
-            f"--data.val_index={index / ('mpo_val' if stage == 'mpo' else 'val')}",
+            f"--data.val_index={index / (f'{stage}_val' if stage in ('mpo', 'prm') else 'val')}",
             f"--data.test_index={index / 'test'}",
             f"--ranks={self.ranks}",
         ]
@@ -148,40 +215,6 @@ class Quickstart:
             scores[name] = json.loads(files[-1].read_text())["tasks"]
         return scores
 
-    def summarize(self, scores: dict[str, dict[str, Any]]) -> None:
-        """Write ``summary.json`` and print what was learned."""
-        made = json.loads((self.out / "data" / "summary.json").read_text())["tasks"]
-        tasks = {
-            task: {
-                **{name: by_task[task]["exact_match"] for name, by_task in scores.items()},
-                "constant_baseline": final["constant_baseline"],
-                "num_train": made[task]["num_train"],
-                "num_test": final["num_test"],
-            }
-            for task, final in scores["mpo"].items()
-        }
-        seconds = {name: round(value, 1) for name, value in self.seconds.items()}
-        summary = {
-            "tasks": tasks,
-            "pairs": json.loads((self.out / "index" / "mpo" / "index.json").read_text())["num_samples"],
-            "short": self.short,
-            "ranks": self.ranks,
-            "seed": self.seed,
-            "seconds": seconds,
-        }
-        (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-
-        table = Table("task", box=SIMPLE_HEAD, title="Exact match on held-out questions")
-        for column in ("best constant", "before", "pre-trained", "after SFT", "after MPO", "train", "test"):
-            table.add_column(column, justify="right")
-        for task, row in tasks.items():
-            shares = (f"{row[key]:.1%}" for key in ("constant_baseline", *scores))
-            table.add_row(task, *shares, f"{row['num_train']:,}", f"{row['num_test']:,}")
-        self.console.print(table)
-        self._show_answers()
-        self.console.print(f"summary: {self.out / 'summary.json'}", highlight=False)
-        self.console.print(f"the model, for transformers: {self.out / 'mpo' / 'export'}", highlight=False)
-
     def run(self) -> None:
         """Run all phases."""
         with self._phase("data", "make data from real digits, fonts, photographs and text"):
@@ -196,9 +229,15 @@ class Quickstart:
             self.pairs()
         with self._phase("mpo", "mixed preference optimisation on these pairs"):
             self.train("mpo")
+        with self._phase("labels", "its own solutions of sums, every step labelled by where it leads"):
+            self.labels()
+        with self._phase("prm", "a process reward model, trained on these labels"):
+            self.train("prm")
+        with self._phase("select", "eight solutions of each held-out sum, and which of them is best"):
+            self.select()
         with self._phase("evaluate", "greedy answers on held-out questions"):
             scores = self.evaluate()
-        self.summarize(scores)
+        summarize(self, scores)
 
     @contextmanager
     def _phase(self, name: str, what: str) -> Iterator[None]:
@@ -211,17 +250,6 @@ class Quickstart:
     def _command(self, words: Sequence[str]) -> None:
         """Run an evovlm command in processes of its own, as a user would."""
         start_ranks(self.ranks, words)
-
-    def _show_answers(self, per_task: int = 2) -> None:
-        files = sorted((self.out / "mpo" / "evaluations").glob("*.answers.jsonl"))
-        shown: dict[str, int] = {}
-        for line in files[-1].read_text().splitlines():
-            answer = json.loads(line)
-            if shown.setdefault(answer["task"], 0) < per_task:
-                shown[answer["task"]] += 1
-                mark = "right" if answer["correct"] else "wrong"
-                text = f"  {answer['name']}: expected {answer['expected']!r}, answered {answer['given']!r} ({mark})"
-                self.console.print(text, highlight=False, markup=False)
 
 
 def run_quickstart(out: Path, *, short: bool, ranks: int, seed: int = 0) -> None:

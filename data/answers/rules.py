@@ -10,11 +10,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
+from evovlm.data.answers.boxes import iou_match, point_match
 from evovlm.data.answers.choice import multiple_choice
+from evovlm.data.answers.contains import contains
 from evovlm.data.answers.latex import LatexScorer
+from evovlm.data.answers.mathvista import mathvista
 from evovlm.data.answers.numeric import numeric, relaxed_accuracy
 from evovlm.data.answers.prompts import PromptStyle, extract, true_answer
+from evovlm.data.answers.relative import mean_relative_accuracy
 from evovlm.data.answers.text import anls, exact_match, vqa_accuracy
+from evovlm.data.answers.yes_no import yes_no
 
 Scorer = Callable[[str, Sequence[str]], float]
 """Called as (prediction, truths), at least one truth; returns a score in [0, 1]."""
@@ -29,6 +34,12 @@ RULES = {
     "relaxed": "a number within 5 %, or the same text (ChartQA)",
     "anls": "normalised edit similarity of at least 0.5 (DocVQA)",
     "vqa": "VQA accuracy",
+    "contains": "the truth stands somewhere in the answer (OCRBench)",
+    "yes_no": "yes or no, by the first sentence (POPE)",
+    "iou": "a box that overlaps the true one by half (RefCOCO)",
+    "point": "a point, or the centre of a box, in the true box (ScreenSpot)",
+    "mra": "a number, by its mean relative accuracy (VSI-Bench)",
+    "mathvista": "a number, list or text, extracted by rules (MathVista)",
     "math": "equal mathematics, by math-verify",
 }
 _PURE: dict[str, Scorer] = {
@@ -38,6 +49,12 @@ _PURE: dict[str, Scorer] = {
     "relaxed": relaxed_accuracy,
     "anls": anls,
     "vqa": vqa_accuracy,
+    "contains": contains,
+    "yes_no": yes_no,
+    "iou": iou_match,
+    "point": point_match,
+    "mra": mean_relative_accuracy,
+    "mathvista": mathvista,
 }
 
 

@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from evovlm.data.corpus import write_corpus
-from evovlm.data.synthetic import charts, digits, sources, words
+from evovlm.data.synthetic import charts, digits, sources, sums, words
 from evovlm.data.synthetic.sample import Sample
 from evovlm.data.synthetic.sources import Split
 from evovlm.data.tokenizer import Tokenizer
 from evovlm.data.tokenizer_training import build_tokenizer
 
-TASKS = ("digits", "words", "charts")
+TASKS = ("digits", "words", "charts", "sums")
 VOCAB_SIZE = 640
 Line = dict[str, Any]
 Make = Callable[[int, Split, int], Sample]
@@ -47,6 +47,8 @@ class _Part:
     """Images of a page; 0: the sample stands alone."""
     caption: bool = False
     chat: bool = False
+    pretrain: bool = True
+    """Whether pre-training reads it, and the tokenizer is made for it."""
 
 
 _PARTS = (
@@ -57,12 +59,15 @@ _PARTS = (
     _Part("digits", digits.make, "train", 6000, caption=True, chat=True),
     _Part("words", words.make, "train", 8000, caption=True, chat=True),
     _Part("charts", charts.make, "train", 6000, caption=True, chat=True),
+    _Part("sums", sums.make, "train", 6000, chat=True, pretrain=False),
     _Part("digits", digits.make, "val", 60, chat=True),
     _Part("words", words.make, "val", 60, chat=True),
     _Part("charts", charts.make, "val", 60, chat=True),
+    _Part("sums", sums.make, "val", 300, chat=True),
     _Part("digits", digits.make, "test", 300, chat=True),
     _Part("words", words.make, "test", 300, chat=True),
     _Part("charts", charts.make, "test", 300, chat=True),
+    _Part("sums", sums.make, "test", 300, chat=True),
 )
 
 
@@ -121,7 +126,7 @@ def build_quickstart_data(
                 for number, lines in enumerate(pool.imap(_draw, jobs, chunksize=32)):
                     for form, line in lines:
                         write(form, line)
-                        if part.split == "train" and number < 400:
+                        if part.split == "train" and part.pretrain and number < 400:
                             texts.append(_plain(line))
                         if part.split == "test":
                             answers[part.name][line["conversations"][-1]["value"]] += 1
@@ -226,10 +231,14 @@ def _write_metas(out: Path, files: dict[str, Path]) -> None:
     def entry(key: str, repeat: float = 1) -> dict[str, Any]:
         return {"root": "images", "annotation": str(files[key].relative_to(out)), "repeat_time": repeat}
 
-    training = [key for key in files if key.startswith("train/")]
+    training = [f"train/{part.name}/" for part in _PARTS if part.split == "train" and part.pretrain]
     metas = {
         "pretrain": {
-            **{_dataset_name(key): entry(key, _REPEAT[key.split("/")[2]]) for key in training},
+            **{
+                _dataset_name(key): entry(key, _REPEAT[key.split("/")[2]])
+                for key in files
+                if key.startswith(tuple(training))
+            },
             "text": {"root": "", "annotation": "text", "format": "megatron"},
         },
         "sft": {task: entry(f"train/{task}/chat") for task in TASKS},

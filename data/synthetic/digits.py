@@ -56,9 +56,10 @@ def _cell(digit: Digit, size: int, draws: Draws, name: str, jitter: bool) -> Ima
     return image.transform((size, size), Image.Transform.AFFINE, data, Image.Resampling.BICUBIC)
 
 
-def _grid(
+def draw_grid(
     draws: Draws, name: str, layout: tuple[int, int, int], pool: tuple[Digit, ...], jitter: bool
 ) -> tuple[Image.Image, list[Digit]]:
+    """Draw digits of a pool into a layout of (columns, rows, pixels of a cell); returns the image and the digits."""
     cols, rows, size = layout
     canvas = Image.new("L", (cols * size, rows * size), 0)
     chosen = [draws.choice(f"{name}/digit/{i}", pool) for i in range(cols * rows)]
@@ -76,7 +77,7 @@ def make(seed: int, split: Split, number: int, *, one_tile: bool = False) -> Sam
     layouts = _TILE_LAYOUTS if one_tile else _PAIR_LAYOUTS if pair else _LAYOUTS
     pool = sources.digits(seed)[split]
     made = [
-        _grid(draws, str(i), draws.choice(f"layout/{i}", layouts), pool, jitter=split == "train")
+        draw_grid(draws, str(i), draws.choice(f"layout/{i}", layouts), pool, jitter=split == "train")
         for i in range(1 + pair)
     ]
     texts = tuple("".join(str(digit.label) for digit in chosen) for _, chosen in made)

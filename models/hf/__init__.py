@@ -9,7 +9,7 @@ Weights are safetensors only, streamed shard by shard; no code from a checkpoint
 """
 
 from evovlm.models.hf.files import token_ids, vocabulary
-from evovlm.models.hf.load import detect, load_config, read_llm_dir, read_state, read_vision_dir
+from evovlm.models.hf.load import detect, load_config, read_llm_dir, read_state, read_vision_dir, system_message
 from evovlm.models.hf.names import Format, decoder_shapes, model_shapes, published_names, vision_shapes
 from evovlm.models.hf.read_config import ConfigError
 from evovlm.models.hf.save import save_pretrained
@@ -28,6 +28,7 @@ __all__ = [
     "read_state",
     "read_vision_dir",
     "save_pretrained",
+    "system_message",
     "token_ids",
     "vision_shapes",
     "vocabulary",

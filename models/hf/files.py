@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from evovlm.models.config import InternVLConfig
 from evovlm.models.hf.names import Format
+from evovlm.models.tokenizer_json import tokenizer_json, write_tokenizer_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -86,12 +87,10 @@ def vocabulary(directory: str | Path) -> dict[str, int]:
     """Read a tokenizer's tokens and their ids, added ones included.
 
     Raises:
-        FileNotFoundError: The directory has no ``tokenizer.json``.
+        FileNotFoundError: The directory has neither ``tokenizer.json`` nor ``tokenizer.model``.
+        TokenizerFileError: ``tokenizer.model`` cannot be converted.
     """
-    path = Path(directory) / "tokenizer.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{directory}: no tokenizer.json")
-    vocab: dict[str, int] = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+    vocab: dict[str, int] = Tokenizer.from_buffer(tokenizer_json(directory)).get_vocab(with_added_tokens=True)
     return vocab
 
 
@@ -99,7 +98,7 @@ def token_ids(directory: str | Path) -> TokenIds:
     """Look up the ids that a configuration needs.
 
     Raises:
-        FileNotFoundError: The directory has no ``tokenizer.json``.
+        FileNotFoundError: The directory has neither ``tokenizer.json`` nor ``tokenizer.model``.
         ValueError: The tokenizer lacks ``<IMG_CONTEXT>`` or every token that could end generation.
     """
     vocab = vocabulary(directory)
@@ -124,7 +123,7 @@ def copy_tokenizer(source: str | Path, format: Format, out: Path, *, model_max_l
     tokens.
 
     Args:
-        source: Directory with at least ``tokenizer.json``.
+        source: Directory with ``tokenizer.json``, or with ``tokenizer.model``, which is converted.
         format: Which published format; only transformers' processor looks for image tokens.
         out: Directory of the export.
         model_max_length: Written where the source states none.
@@ -134,6 +133,8 @@ def copy_tokenizer(source: str | Path, format: Format, out: Path, *, model_max_l
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, out / name)
+    if not (source / "tokenizer.json").exists():
+        write_tokenizer_json(source, out)
     path = out / "tokenizer_config.json"
     config: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     vocab = vocabulary(source)
@@ -148,6 +149,10 @@ def copy_tokenizer(source: str | Path, format: Format, out: Path, *, model_max_l
         config["extra_special_tokens"] = IMAGE_TOKENS | VIDEO_TOKEN | extra
     write_json(path, config)
     template = out / "chat_template.jinja"
+    own = config.get("chat_template")
+    if format == "transformers" and isinstance(own, str) and not template.exists():
+        # A processor finds its template in this file only, and puts images where <IMG_CONTEXT> stands.
+        template.write_text(own.replace("<image>", IMAGE_TOKENS["context_image_token"]))
     if not template.exists() and "chat_template" not in config:
         # Set inside the template: transformers passes it no variables of ours.
         template.write_text(

@@ -25,8 +25,20 @@ _KINDS: dict[str, Kind] = {
     "qwen2": "llm",
     "llama": "llm",
     "internlm3": "llm",
+    "internlm2": "llm",
 }
-_FAMILIES: dict[str, Literal["qwen2", "internlm3"]] = {"qwen2": "qwen2", "llama": "internlm3", "internlm3": "internlm3"}
+_FAMILIES: dict[str, Literal["qwen2", "internlm3"]] = {
+    "qwen2": "qwen2",
+    "llama": "internlm3",
+    "internlm3": "internlm3",
+    "internlm2": "internlm3",  # the same computation; its files differ (see internlm2.py)
+}
+_ARCHITECTURES = {
+    "Qwen2ForCausalLM": "qwen2",
+    "InternLM3ForCausalLM": "internlm3",
+    "InternLM2ForCausalLM": "internlm2",
+    "LlamaForCausalLM": "llama",
+}
 # What the published classes assume where a file is silent; transformers writes only what differs.
 _DEFAULTS: dict[str, Json] = {
     "internvl_vision": {
@@ -76,6 +88,15 @@ _DEFAULTS: dict[str, Json] = {
         "head_dim": 128,
         "rms_norm_eps": 1e-5,
         "max_position_embeddings": 32768,
+    },
+    "internlm2": {
+        "vocab_size": 103168,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 2048,
+        "bias": True,  # a file that is silent means biases, which are refused
     },
 }
 
@@ -166,6 +187,12 @@ def read_vision(config: Mapping[str, Any]) -> VisionConfig:
     )
 
 
+def llm_type(config: Mapping[str, Any]) -> str:
+    """Tell a language model's ``model_type``, from its architecture where ``config.json`` does not name it."""
+    architecture = (config.get("architectures") or [""])[0]
+    return config.get("model_type") or _ARCHITECTURES.get(architecture, "qwen2")
+
+
 def read_decoder(config: Mapping[str, Any], *, tied: bool) -> DecoderConfig:
     """Read a decoder's ``config.json``, ``llm_config`` or ``text_config``.
 
@@ -177,11 +204,7 @@ def read_decoder(config: Mapping[str, Any], *, tied: bool) -> DecoderConfig:
         ConfigError: A key is missing or has a value that the decoder cannot honour.
     """
     where = "llm_config"
-    model_type = config.get("model_type") or {
-        "Qwen2ForCausalLM": "qwen2",
-        "InternLM3ForCausalLM": "internlm3",
-        "LlamaForCausalLM": "llama",
-    }.get((config.get("architectures") or [""])[0], "qwen2")
+    model_type = llm_type(config)
     if model_type not in _FAMILIES:
         raise ConfigError(f"config.json: {where}.model_type is {model_type!r}; supported are {', '.join(_FAMILIES)}")
     full = _DEFAULTS[model_type] | dict(config)

@@ -14,7 +14,8 @@ from PIL import Image
 
 from evovlm.data.corpus import open_corpus
 from evovlm.data.meta import load_meta
-from evovlm.data.synthetic import build_quickstart_data, charts, digits, sources, words
+from evovlm.data.solution_steps import split_steps
+from evovlm.data.synthetic import build_quickstart_data, charts, digits, sources, sums, words
 from evovlm.data.synthetic.draws import Draws
 from evovlm.data.synthetic.sample import Sample
 from evovlm.data.synthetic.sources import SPLITS, Split
@@ -22,7 +23,7 @@ from evovlm.data.tiling import choose_grid, num_tiles
 from evovlm.data.tokenizer import Tokenizer
 
 Make = Callable[[int, Split, int], Sample]
-TASKS: dict[str, Make] = {"digits": digits.make, "words": words.make, "charts": charts.make}
+TASKS: dict[str, Make] = {"digits": digits.make, "words": words.make, "charts": charts.make, "sums": sums.make}
 TRAIN_ONLY: dict[str, Make] = {
     "digit_pages": partial(digits.make, one_tile=True),
     "letters": words.make_letters,
@@ -202,6 +203,20 @@ def test_pretraining_has_documents_conversations_and_text(written: Path) -> None
     assert any(d.format == "megatron" for d in load_meta(written / "pretrain.json").datasets)
     assert {line["conversations"][0]["from"] for _, line in _lines(written, "sft")} == {"human"}  # type: ignore[index]
     assert any(isinstance(line["image"], list) for _, line in _lines(written, "sft"))
+    assert {"sums", "digits"} <= {d.name for d in load_meta(written / "sft.json").datasets}
+    assert not any("sums" in d.name for d in load_meta(written / "pretrain.json").datasets)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_sums_are_added_step_by_step(split: Split) -> None:
+    for number in range(50):
+        sample = sums.make(0, split, number)
+        digits_shown = [int(digit) for digit in sample.transcripts[0]]
+        *steps, last = split_steps(sample.questions[0][1])
+        assert 2 <= len(digits_shown) == len(steps) + 1 <= 4
+        for i, step in enumerate(steps):
+            assert step == f"{sum(digits_shown[: i + 1])} and {digits_shown[i + 1]} is {sum(digits_shown[: i + 2])}"
+        assert last == f"Answer: {sum(digits_shown)}"
 
 
 def test_the_tokenizer_spells_words_letter_by_letter(written: Path) -> None:

@@ -12,8 +12,9 @@ from evovlm.data.tokenizer import Tokenizer
 from evovlm.engine.evaluate import Evaluator, answer_v2pe
 from evovlm.engine.generate import Batching, Task, decode
 from evovlm.engine.generation import GenerationError, Request, Sampling, open_generator
-from evovlm.engine.generation_own import OwnGenerator, published_normalization
+from evovlm.engine.generation_own import OwnGenerator
 from evovlm.engine.generation_transformers import TransformersGenerator
+from evovlm.engine.open_model import published_normalization
 from evovlm.engine.runs import load_model, read_settings
 from evovlm.models.config import InternVLConfig
 from evovlm.models.hf.save import save_pretrained

@@ -58,7 +58,7 @@ def test_settings_survive_json() -> None:
         ({"epochs": 1.0}, "exactly one of: steps, epochs"),
         ({"steps": 0}, "steps"),
         ({"validate_every": 5}, r"validate_every needs \[data\] val_index"),
-        ({"stage": {"name": "prm"}}, "'pretrain', 'sft', 'mpo'"),
+        ({"stage": {"name": "rl"}}, "'pretrain', 'sft', 'mpo', 'prm'"),
         ({"stage": {"name": "sft", "v2pe": {"mode": "fixed", "delta": 2.0}}}, "delta"),
         ({"optim": {"lr": 0.0}}, "greater than 0"),
         ({"optim": {"lr": 1e-3, "lr_scale": {"vision": 0.1}}}, "'vit', 'projector' or 'llm'"),

@@ -253,8 +253,18 @@ def test_files_beside_the_tokenizer_are_kept(tmp_path: Path, word_tokenizer_dir:
     assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": 3, "temperature": 0.5}
     config = json.loads((out / "tokenizer_config.json").read_text())
     assert (config["model_max_length"], config["chat_template"], config["eos_token"]) == (77, "mine", "?")
-    assert not (out / "chat_template.jinja").exists()
     assert not list(out.glob("*.py"))
+
+
+def test_a_tokenizers_own_chat_template_serves_the_processor_too(tmp_path: Path, word_tokenizer_dir: Path) -> None:
+    """A processor reads no template from tokenizer_config.json, and knows no other placeholder than <IMG_CONTEXT>."""
+    source = tmp_path / "source"
+    shutil.copytree(word_tokenizer_dir, source)
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "{{ '<image>' }}mine"}))
+    ported = save(tmp_path / "ported", source, "transformers")
+    assert (ported / "chat_template.jinja").read_text() == "{{ '<IMG_CONTEXT>' }}mine"
+    assert not (save(tmp_path / "published", source, "internvl") / "chat_template.jinja").exists()
 
 
 # Streaming ------------------------------------------------------------------------------------------------------------

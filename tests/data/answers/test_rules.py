@@ -42,11 +42,17 @@ def test_every_rule_scores_its_own_kind_of_answer() -> None:
     with open_scorers([*pure, "numeric:0.02"]) as scorers:
         assert {rule: scorers[rule]("105", ["100"]) for rule in scorers} == {
             **dict.fromkeys(("exact", "choice", "numeric", "vqa", "numeric:0.02"), 0),
-            "relaxed": 1,
+            **dict.fromkeys(("contains", "iou", "point", "mathvista"), 0),
+            **dict.fromkeys(("relaxed", "yes_no", "mra"), 1),
             "anls": pytest.approx(2 / 3),
         }
         assert scorers["numeric:0.02"]("101", ["100"]) == 1
         assert scorers["choice"]("The answer is (B).", ["B"]) == 1
+        assert scorers["contains"]("It says STOP here.", ["stop"]) == 1
+        assert scorers["yes_no"]("No, there is none.", ["yes"]) == 0
+        assert scorers["iou"]("<box>[[0, 0, 10, 10]]</box>", ["[[0, 0, 10, 20]]"]) == 1
+        assert scorers["point"]("[[5, 5]]", ["[[0, 0, 10, 10]]"]) == 1
+        assert scorers["mathvista"]("The answer is 1.449 cm.", ["1.45"]) == 1
 
 
 def test_a_verdict() -> None:

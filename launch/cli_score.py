@@ -1,0 +1,73 @@
+"""The command ``evovlm score``: what it takes. What it does is in ``score.py``."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Reduction(StrEnum):
+    """How the scores of a solution's steps become one."""
+
+    MEAN = "mean"
+    MIN = "min"
+    PRODUCT = "product"
+    LAST = "last"
+
+
+def score(
+    context: typer.Context,
+    candidates: Annotated[
+        Path, typer.Argument(metavar="CANDIDATES", help="Candidate file (.jsonl): questions with several solutions.")
+    ],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Process reward model: folder of a run or of an exported model.")
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="File to write; scores are kept in OUT.parts, where a new start goes on."),
+    ],
+    reduction: Annotated[Reduction, typer.Option(help="From the steps' scores to the reward.")] = Reduction.MEAN,
+    max_steps: Annotated[
+        int, typer.Option(min=1, help="Most steps of a solution; neighbours of more are joined.")
+    ] = 12,
+    outcome: Annotated[
+        bool, typer.Option("--outcome", help="Judge whole solutions: the model is an outcome reward model.")
+    ] = False,
+    system_prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="System turn that the model was trained with; '': the chat template's own. By default that of "
+            "evovlm prm build, and of a published reward model its own."
+        ),
+    ] = None,
+    max_tiles: Annotated[
+        int | None, typer.Option(min=1, help="Most tiles of a question's images; by default as the model says.")
+    ] = None,
+    image_root: Annotated[
+        Path | None, typer.Option(help="Where relative image paths begin; by default the candidate file's folder.")
+    ] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Processes to start on this machine.")] = None,
+) -> None:
+    """Score candidate solutions step by step with a process reward model.
+
+    Every candidate gets P("+") of each of its steps and a reward, or the reason why it could not be scored. All
+    candidates of a question share one pass over its text and one encoding of its images.
+    """
+    from evovlm.launch import score as scoring
+    from evovlm.launch.cli import as_rank
+
+    options = scoring.Options(
+        model=model,
+        reduction=reduction.value,
+        system_prompt=system_prompt,
+        max_steps=max_steps,
+        outcome=outcome,
+        max_tiles=max_tiles,
+        image_root=image_root,
+    )
+    scoring.check(candidates, out, options)  # mistakes show here, once, before any rank starts
+    me = as_rank(ranks, 1, context.obj)
+    if me is not None:
+        scoring.score(candidates, out, options, me)
