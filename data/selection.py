@@ -29,7 +29,7 @@ Critic = Literal["prm", "orm", "majority", "prm-majority", "random"]
 CRITICS: tuple[Critic, ...] = ("prm", "orm", "majority", "prm-majority", "random")
 MAX_SUBSETS = 512
 """Most subsets of a question and size: all pairs of 32 candidates are fewer."""
-_VOTING_RULES = ("exact", "choice", "numeric", "relaxed", "vqa")
+_VOTING_RULES = ("exact", "choice", "numeric", "relaxed", "vqa", "yes_no")
 
 
 def critics_named(names: Sequence[str]) -> tuple[Critic, ...]:

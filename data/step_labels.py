@@ -110,8 +110,8 @@ def _from_rollouts(rows: Any, where: str, threshold: float) -> tuple[list[str], 
     labels: list[Label] = []
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
         step, score = (row.get("step"), row.get("score")) if isinstance(row, dict) else (None, None)
-        number_like = isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
-        if not isinstance(step, str) or not number_like:
+        is_number = isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
+        if not isinstance(step, str) or score is None or not is_number:
             detail = f"entry {number} of 'steps_with_score' must have a 'step' that is a text and a 'score', a number"
             raise SampleError(Reason.MISSING_KEYS, detail, where)
         steps.append(step)

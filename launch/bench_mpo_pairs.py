@@ -94,7 +94,9 @@ def _lines(images: Path, task: Task, text: str) -> Iterator[dict[str, Any]]:
     order = np.argsort(keys("bench_mpo", "order", task.seed, np.arange(task.num_pairs)), kind="stable")
     for number, kind in enumerate(kinds[order].tolist()):
         chosen, rejected = (_passage(task, number, side, text) for side in ("chosen", "rejected"))
-        paths = [_save_image(images, task, number, place, tiles) for place, tiles in enumerate(TILES[kind])]
+        paths = [
+            save_image(images, task.model, task.seed, number, place, tiles) for place, tiles in enumerate(TILES[kind])
+        ]
         asked = "\n".join(["<image>"] * len(paths)) + f"\nWhat does the text in picture {number} say?"
         image = paths if len(paths) > 1 else paths[0]
         yield {"id": number, "image": image, "question": asked, "chosen": chosen, "rejected": rejected}
@@ -108,10 +110,22 @@ def _passage(task: Task, number: int, side: str, text: str) -> str:
     return text[begin : begin + count].replace("<", "(").strip() or "nothing"
 
 
-def _save_image(images: Path, task: Task, number: int, place: int, tiles: int) -> str:
-    """Save an image that is cut into that many tiles: blots of colour, as many pixels as the tiles have."""
-    cols, edge = max(1, tiles - 1), task.model.vision.tile_size
-    blots = uniform(keys("bench_mpo", "image", task.seed, number, place, np.arange(8 * 8 * cols * 3)))
+def save_image(images: Path, model: InternVLConfig, seed: int, number: int, place: int, tiles: int) -> str:
+    """Save an image that is cut into that many tiles: blots of colour, as many pixels as the tiles have.
+
+    Args:
+        images: Folder that it is saved in.
+        model: Says the tile size.
+        seed: Of the colours.
+        number: Of what the image belongs to.
+        place: Of the image there.
+        tiles: Of the image, its thumbnail counted.
+
+    Returns:
+        The file's name.
+    """
+    cols, edge = max(1, tiles - 1), model.vision.tile_size
+    blots = uniform(keys("bench_mpo", "image", seed, number, place, np.arange(8 * 8 * cols * 3)))
     small = Image.fromarray((blots.reshape(8, 8 * cols, 3) * 256).astype(np.uint8))
     name = f"{number:04d}_{place}.jpg"
     small.resize((cols * edge, edge), Image.Resampling.BICUBIC).save(images / name, quality=90)

@@ -189,24 +189,21 @@ def _print(
     summary: dict[str, Any], meta: Path, out: Path, seconds: float, console: "Console", options: Options
 ) -> None:
     from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
     from rich.table import Table
 
     columns = ["pass@1", *summary["critics"], "oracle"]
-    table = Table(
-        "questions", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=f"{out}: accuracy in %, ± half its 95 % interval"
-    )
-    for column in ("n", *columns):
-        table.add_column(column, justify="right")
     groups = {name: counts for name, counts in summary["datasets"].items() if "n" in counts}
     if len(groups) > 1:
         groups["all"] = summary["overall"]
     for name, counts in groups.items():
-        table.add_section()
-        label = f"{name} ({counts['num_questions']:,})"
+        title = f"{escape(name)}: accuracy in % over {counts['num_questions']:,} questions, ± half its 95 % interval"
+        table = Table("n", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left")
+        for column in columns:
+            table.add_column(column, justify="right")
         for size, cells in counts["n"].items():
-            table.add_row(label, size, *(_percent(cells[column]) for column in columns))
-            label = ""
-    console.print(table)
+            table.add_row(size, *(_percent(cells[column]) for column in columns))
+        console.print(table)
     overall = summary["overall"]
     line = f"{overall['num_candidates']:,} candidates to {overall['num_questions']:,} questions in {seconds:.1f} s"
     remarks = {"without an answer": "num_unreadable", "cut off": "num_cut_off", "questions with fewer": "num_fewer"}

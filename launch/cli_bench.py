@@ -135,6 +135,25 @@ def bench_mpo(
     bench_mpo.run(json_file, Task(num_pairs=pairs), settings)
 
 
+@bench_app.command("score")
+def bench_score(
+    json_file: JsonFile = None,
+    questions: Annotated[int, typer.Option(min=1, help="Questions with images.")] = 4,
+    candidates: Annotated[int, typer.Option("-n", "--candidates", min=1, help="Solutions of each question.")] = 8,
+    repetitions: Annotated[int, typer.Option(min=1, help="How often each way is timed.")] = 2,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Candidates of a batch of transformers'; repeatable: the best of them. [2, 4, 8]"),
+    ] = None,
+) -> None:
+    """Candidates scored by a critic beside transformers on the same weights, and what each idea gains (minutes)."""
+    from evovlm.launch import bench_score
+    from evovlm.launch.bench_score_task import Task
+
+    settings = bench_score.Settings(repetitions, (2, 4, 8) if batch is None else tuple(batch))
+    bench_score.run(json_file, Task(num_questions=questions, num_candidates=candidates), settings)
+
+
 @bench_app.command("ops")
 def bench_ops(
     json_file: JsonFile = None,

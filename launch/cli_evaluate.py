@@ -118,10 +118,13 @@ def evaluate(
 
 
 def _check_run(target: Path) -> None:
-    """Say what is missing where the target is something else than a run."""
+    """Say what is wrong where the target is something else than a run, before any rank starts."""
     if target.is_file():
         raise ValueError(f"{target} is a file: score its answers with --benchmark NAME, which is one of {_BENCHMARKS}")
-    if (target / "config.json").is_file() and not (target / "settings.json").is_file():
+    if (target / "settings.json").is_file():
+        return
+    if (target / "config.json").is_file():
         raise ValueError(
             f"{target} is an exported model: run a suite on it, --suite lmms-eval or --suite lm-eval with --tasks"
         )
+    raise FileNotFoundError(f"{target} is not a run directory: it has no settings.json")

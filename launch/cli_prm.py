@@ -42,7 +42,9 @@ def build(
     early_stop: Annotated[
         bool,
         typer.Option(
-            "--early-stop", help="Once no rollout is right, count all later steps as wrong, without rollouts."
+            "--early-stop",
+            help="Once no rollout is right, count all later steps as wrong, without rollouts. Solutions then go step "
+            "by step and share no prefill: it pays where most fail early.",
         ),
     ] = False,
     temperature: Annotated[float, typer.Option(min=0, help="Of solutions and rollouts.")] = 1.0,

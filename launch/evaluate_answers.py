@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from evovlm.data.benchmarks.report import Report
 
+_COUNTS = {"num": "questions", "num_right": "right answers"}
 _SHOWN_BAD = 5
 _SHOWN_GROUPS = 40
 
@@ -62,7 +63,7 @@ def show(report: "Report", files: Sequence[Path]) -> None:
     metrics = list(groups[-1][1])
     table = Table("group", box=SIMPLE_HEAD, title=title)
     for metric in metrics:
-        table.add_column("questions" if metric == "num" else metric, justify="right")
+        table.add_column(_COUNTS.get(metric, metric), justify="right")
     for name, values in [*groups[:-1][:_SHOWN_GROUPS], groups[-1]]:
         table.add_row(name, *(_cell(metric, values[metric]) for metric in metrics))
     console.print(table)
@@ -89,4 +90,4 @@ def write(report: "Report", files: Sequence[Path], out: Path) -> None:
 
 
 def _cell(metric: str, value: float) -> str:
-    return f"{value:,.0f}" if metric in ("num", "score") and value.is_integer() and value != 1 else f"{value:.1%}"
+    return f"{value:,.0f}" if metric in _COUNTS else f"{value:.1%}"

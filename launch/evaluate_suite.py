@@ -19,6 +19,7 @@ from typing import Any
 from evovlm.launch.ranks import RankInfo
 
 LANGUAGE_MODEL = "language-model"
+_NO_METRICS = ("sample_len", "sample_count", "samples")
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def run(target: Path, options: SuiteOptions) -> dict[str, Any]:
         raise ValueError(f"{suite.name} ended with exit code {ended.returncode}; what it said stands above")
     new = [file for file in _results_in(raw) if file not in before]
     if not new:
-        raise ValueError(f"{suite.name} ended without an error code, but left no results in {raw}; what it said stands above")
+        raise ValueError(f"{suite.name} reported no failure, but left no results in {raw}; what it said stands above")
     file = max(new, key=lambda path: path.stat().st_mtime_ns)
     return _collect(target, options, words, file)
 
@@ -270,7 +271,8 @@ def _metrics(values: dict[str, Any]) -> dict[str, dict[str, float | None]]:
     metrics: dict[str, dict[str, float | None]] = {}
     for key, value in values.items():
         name, _, filtered = key.partition(",")
-        if not name.endswith("_stderr") and isinstance(value, int | float) and not isinstance(value, bool):
+        is_metric = name not in _NO_METRICS and "_stderr" not in name
+        if is_metric and isinstance(value, int | float) and not isinstance(value, bool):
             stderr = values.get(f"{name}_stderr,{filtered}" if filtered else f"{name}_stderr")
             shown = name if filtered in ("", "none") else f"{name} ({filtered})"
             metrics[shown] = {"value": float(value), "stderr": stderr if isinstance(stderr, int | float) else None}

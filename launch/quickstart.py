@@ -28,6 +28,7 @@ from evovlm.data.build_index import IndexSettings
 from evovlm.data.index_format import Kind
 from evovlm.data.index_progress import show_progress
 from evovlm.data.synthetic import build_quickstart_data
+from evovlm.data.synthetic.sums import PRM_SYSTEM_PROMPT
 from evovlm.launch.indexing import build_with_progress
 from evovlm.launch.quickstart_summary import summarize
 from evovlm.launch.ranks import start_ranks
@@ -35,8 +36,6 @@ from evovlm.models.table import TINY
 
 SYSTEM_PROMPT = "Look."
 """The published one has more tokens than a tiny model's whole answer."""
-PRM_SYSTEM_PROMPT = "Judge."
-"""Likewise."""
 PARTS = ("pretrain", "sft", "val", "test")
 BEFORE = {"sft": "pretrain", "mpo": "sft", "prm": "mpo"}
 """Stage → whose export it starts from."""

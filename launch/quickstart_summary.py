@@ -59,7 +59,7 @@ def summarize(run: Finished, scores: Mapping[str, TaskScores]) -> None:
         for task, final in scores["mpo"].items()
     }
     choosing = json.loads((run.out / "best_of_8" / "summary.json").read_text())["datasets"]["sums"]
-    steps = json.loads(run.step_scores.read_text())
+    steps = json.loads(run.step_scores.read_text())["overall"]
     summary = {
         "tasks": tasks,
         "pairs": json.loads((run.out / "index" / "mpo" / "index.json").read_text())["num_samples"],
@@ -73,6 +73,7 @@ def summarize(run: Finished, scores: Mapping[str, TaskScores]) -> None:
     (run.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     run.console.print(_tasks(tasks, list(scores)))
     run.console.print(_choices(choosing["n"]["8"], choosing["num_questions"]))
+    run.console.print(_judged(steps), highlight=False, soft_wrap=True)
     _show_answers(run)
     run.console.print(f"summary: {run.out / 'summary.json'}", highlight=False)
     run.console.print(f"the model, for transformers: {run.out / 'mpo' / 'export'}", highlight=False)
@@ -97,6 +98,14 @@ def _choices(by_way: Mapping[str, Mapping[str, float]], num_questions: int) -> T
         share = by_way[way]
         table.add_row(name, f"{share['mean']:.1%}", f"{share['low']:.1%} – {share['high']:.1%}")
     return table
+
+
+def _judged(steps: Mapping[str, Any]) -> str:
+    constant = steps["best_constant"]
+    return (
+        f"{steps['accuracy']:.1%} of {steps['steps']:,} held-out steps judged right, macro-F1 {steps['macro_f1']:.3f} "
+        f"(always {constant['answer']!r}: {constant['accuracy']:.1%}, {constant['macro_f1']:.3f})"
+    )
 
 
 def _show_answers(run: Finished, per_task: int = 2) -> None:

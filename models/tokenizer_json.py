@@ -50,8 +50,8 @@ def tokenizer_json(directory: str | Path) -> bytes:
 def tokenizer_settings(directory: str | Path) -> dict[str, Any]:
     """Return ``tokenizer_config.json``, completed where a ``tokenizer.model`` alone stands for ``tokenizer.json``.
 
-    The published classes that read a ``tokenizer.model`` put ``<s>`` before every text unless told otherwise. They, their
-    code and the list of added tokens give way to the class that reads a ``tokenizer.json`` as it is.
+    The published classes that read a ``tokenizer.model`` put ``<s>`` before every text unless told otherwise. They,
+    their code and the list of added tokens give way to the class that reads a ``tokenizer.json`` as it is.
 
     Raises:
         TokenizerFileError: It is not a JSON object.

@@ -27,14 +27,19 @@ def choice_letter(text: str) -> str | None:
     ":" behind it; the last "answer is X", then the last "(X)"; a capital that stands alone, if there is one such letter
     (A and I are also words, so they do not count here).
     """
+    letters = sorted(set(_ALONE.findall(text)))
+    return stated_letter(text) or (str(letters[0]) if len(letters) == 1 else None)
+
+
+def stated_letter(text: str) -> str | None:
+    """Find the letter that an answer gives as such: as ``choice_letter``, without the last rule of letters alone."""
     for pattern in (_WHOLE, _HEAD):
         if found := pattern.match(text.strip()):
             return found[1].upper()
     for pattern in (_STATED, _BRACKETS):
         if letters := pattern.findall(text):
             return str(letters[-1])
-    letters = sorted(set(_ALONE.findall(text)))
-    return str(letters[0]) if len(letters) == 1 else None
+    return None
 
 
 def multiple_choice(prediction: str, truths: Sequence[str]) -> float:

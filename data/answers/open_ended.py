@@ -43,8 +43,10 @@ def _key_phrases(reply: str) -> list[str]:
     phrases = []
     for number, sentence in enumerate(sentences, start=1):
         indicators = (*_INDICATORS, "=") if number == len(sentences) else _INDICATORS
-        tails = [sentence.split(indicator)[-1].strip() for indicator in indicators if indicator in sentence]
-        shortest = min((tail for tail in tails if tail), key=len, default="")
+        shortest = ""
+        for tail in (sentence.split(indicator)[-1].strip() for indicator in indicators if indicator in sentence):
+            if not shortest or len(tail) < len(shortest):  # an empty tail drops what came before, as officially
+                shortest = tail
         if shortest and shortest not in _PUNCTUATION:
             phrases.append(shortest)
     return phrases or [reply]

@@ -10,7 +10,7 @@ import ast
 import re
 from collections.abc import Mapping
 
-from evovlm.data.answers.choice import choice_letter
+from evovlm.data.answers.choice import choice_letter, stated_letter
 
 _ENDS = ",.!?;:'"
 _LISTED = re.compile(r"^\(?([A-Z])[.):、．]\s*(.+)$", re.MULTILINE)
@@ -61,7 +61,7 @@ def mmbench_letter(response: str, options: Mapping[str, str]) -> str | None:
 
     Official definition (exact matching): the one option letter that is a word of its own, once punctuation is left out
     (an A among more than three words may be an article and does not count); otherwise the one option whose text the
-    response contains, unless it is twice as long as all options together. Forms that ``choice_letter`` understands
+    response contains, unless it is twice as long as all options together. Forms that ``stated_letter`` understands
     ("the answer is B, since A …") count before the texts are compared.
 
     Args:
@@ -72,7 +72,7 @@ def mmbench_letter(response: str, options: Mapping[str, str]) -> str | None:
     letters = [letter for letter in options or _USUAL if letter in words]
     if len(letters) == 1 and not (letters == ["A"] and len(words) > _SHORT_ANSWER):
         return letters[0]
-    stated = choice_letter(response)
+    stated = stated_letter(response)
     if stated is not None and (not options or stated in options):
         return stated
     text = response.lower()

@@ -9,7 +9,7 @@ from evovlm.data.answers.contains import contains, contains_formula
 from evovlm.data.answers.numeric import relaxed_accuracy
 from evovlm.data.answers.rules import Scorer
 from evovlm.data.answers.text import anls, vqa_accuracy
-from evovlm.data.benchmarks.report import Judged, Table, means
+from evovlm.data.benchmarks.report import NUM, NUM_RIGHT, Judged, Table, means
 from evovlm.data.benchmarks.rows import Row
 
 CHARTQA_SPLITS = ("human", "augmented")
@@ -86,6 +86,5 @@ def table_ocrbench(judged: Sequence[Judged]) -> Table:
     """Return the number of right answers, as OCRBench is quoted (of 1,000 in all), and their share."""
     table = means(judged, "accuracy")
     return {
-        name: {"score": round(values["accuracy"] * values["num"]), "accuracy": values["accuracy"], "num": values["num"]}
-        for name, values in table.items()
+        name: {NUM_RIGHT: float(round(values["accuracy"] * values[NUM])), **values} for name, values in table.items()
     }

@@ -13,7 +13,7 @@ from pathlib import Path
 from evovlm.data.answers.prompts import PromptStyle, extract
 from evovlm.data.benchmarks import choice, grounding, mathvista, pope, reading, vsibench
 from evovlm.data.benchmarks.annotations import Annotations
-from evovlm.data.benchmarks.report import Judged, Report, Table
+from evovlm.data.benchmarks.report import NUM_RIGHT, Judged, Report, Table
 from evovlm.data.benchmarks.rows import Row, RowError, read_rows, split_name
 
 
@@ -48,7 +48,7 @@ BENCHMARKS = {
     "infovqa": Benchmark("InfoVQA", "ANLS", reading.judge_anls, reading.table_anls),
     "textvqa": Benchmark("TextVQA", "accuracy", reading.judge_vqa, reading.table_vqa),
     "vqa": Benchmark("VQA", "accuracy", reading.judge_vqa, reading.table_vqa),
-    "ocrbench": Benchmark("OCRBench", "score", reading.judge_ocrbench, reading.table_ocrbench),
+    "ocrbench": Benchmark("OCRBench", NUM_RIGHT, reading.judge_ocrbench, reading.table_ocrbench),
     "pope": Benchmark("POPE", pope.F1, pope.judge_pope, pope.table_pope),
     "refcoco": Benchmark("RefCOCO", "IoU ≥ 0.5", grounding.judge_refcoco, grounding.table_refcoco),
     "screenspot": Benchmark("ScreenSpot", "accuracy", grounding.judge_screenspot, grounding.table_screenspot),

@@ -12,9 +12,12 @@ from evovlm.data.benchmarks.rows import RowError
 
 OVERALL = "overall"
 NUM = "num"
+NUM_RIGHT = "num_right"
+COUNTS = (NUM, NUM_RIGHT)
+"""Metrics that count questions; all others are shares, 0 to 1."""
 
 Table = dict[str, dict[str, float]]
-"""Group → metric → value; ``num`` counts rows. The last group is ``OVERALL``."""
+"""Group → metric → value; ``num`` counts questions. The last group is ``OVERALL``."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,10 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Return all but the single rows, as JSON."""
+        groups = {
+            name: {metric: int(value) if metric in COUNTS else value for metric, value in values.items()}
+            for name, values in self.table.items()
+        }
         return {
             "benchmark": self.benchmark,
             "metric": self.metric,
@@ -70,7 +77,7 @@ class Report:
             "num_scored": len(self.judged),
             "num_bad": len(self.bad),
             "bad": [str(error) for error in self.bad],
-            "groups": self.table,
+            "groups": groups,
         }
 
 

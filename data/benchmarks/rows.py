@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ANSWER_KEYS = ("prediction", "pred_answer", "answer", "predict", "response", "given", "pred", "text")
+ANSWER_KEYS: tuple[str, ...] = ("prediction", "pred_answer", "answer", "predict", "response", "given", "pred", "text")
 """Where a row says what the model answered; the first that it has counts."""
 
-TRUTH_KEYS = (
+TRUTH_KEYS: tuple[str, ...] = (
     *("annotation", "annotations", "gt_answers", "gt_answer", "ground_truth", "answers", "label", "truth"),
     *("expected", "answer_gt", "gt", "answer"),
 )
@@ -90,12 +90,10 @@ class Row:
         Raises:
             RowError: It is not said.
         """
-        if self.annotation is not None:
-            keys = (self.truth_key,) if self.truth_key else TRUTH_KEYS
-            content = self.annotation
-        else:
-            keys = (self.truth_key,) if self.truth_key else self._truth_keys()
-            content = self.content
+        content = self.content if self.annotation is None else self.annotation
+        keys = TRUTH_KEYS if self.annotation is not None or self._answer_is_truth() else TRUTH_KEYS[:-1]
+        if self.truth_key is not None:
+            keys = (self.truth_key,)
         for key in keys:
             if content.get(key) is not None:
                 return content[key]
@@ -146,9 +144,6 @@ class Row:
         said = any(self.content.get(key) is not None for key in keys if key != "answer")
         return said and all(self.content.get(key) is None for key in TRUTH_KEYS[:-1])
 
-    def _truth_keys(self) -> tuple[str, ...]:
-        return TRUTH_KEYS if self._answer_is_truth() else TRUTH_KEYS[:-1]
-
     def _answer_keys(self) -> tuple[str, ...]:
         return tuple(key for key in ANSWER_KEYS if key != "answer") if self._answer_is_truth() else ANSWER_KEYS
 
@@ -170,15 +165,16 @@ def read_rows(
     """
     if not file.is_file():
         raise FileNotFoundError(f"no answer file at {file}")
-    number = 0
-    for number, (where, content) in enumerate(_contents(file), start=1):  # noqa: B007 - counted to know if there are any
+    empty = True
+    for where, content in _contents(file):
+        empty = False
         if isinstance(content, RowError):
             yield content
         elif not isinstance(content, dict):
             yield RowError(where, f"{_kind(content)} instead of an object")
         else:
             yield Row(where, content, split, answer_key, truth_key)
-    if not number:
+    if empty:
         raise ValueError(f"{file} holds no rows")
 
 
@@ -194,10 +190,10 @@ def _contents(file: Path) -> Iterator[tuple[str, Any]]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        hint = "; is it JSON lines? then its name must end in .jsonl" if "Extra data" in str(error) else ""
-        if hint and all(isinstance(item, dict) for _, item in _lines(file)):
+        if all(isinstance(item, dict) for _, item in _lines(file)):  # JSON lines under another name, as POPE's labels
             yield from _lines(file)
             return
+        hint = "; if it is JSON lines, its name must end in .jsonl" if "Extra data" in str(error) else ""
         raise ValueError(f"{file} is not JSON ({error}){hint}") from error
     if isinstance(content, dict):
         listed = next((content[key] for key in _LISTS if isinstance(content.get(key), list)), None)

@@ -4,7 +4,7 @@
     OUT/jsonl/…                  one conversation or one pre-training document a line
     OUT/text.{bin,idx}           real plain text as a Megatron corpus
     OUT/tokenizer/               a small byte-level BPE
-    OUT/{pretrain,sft,val,test}.json    InternVL meta files
+    OUT/{pretrain,sft,checks,val,test}.json    InternVL meta files
     OUT/summary.json             counts, and the best constant answer of each task; written last
 
 Pre-training reads *pages* (several one-tile images, each followed by what it shows), captions, conversations and plain
@@ -47,6 +47,7 @@ class _Part:
     """Images of a page; 0: the sample stands alone."""
     caption: bool = False
     chat: bool = False
+    checks: bool = False
     pretrain: bool = True
     """Whether pre-training reads it, and the tokenizer is made for it."""
 
@@ -59,7 +60,7 @@ _PARTS = (
     _Part("digits", digits.make, "train", 6000, caption=True, chat=True),
     _Part("words", words.make, "train", 8000, caption=True, chat=True),
     _Part("charts", charts.make, "train", 6000, caption=True, chat=True),
-    _Part("sums", sums.make, "train", 6000, chat=True, pretrain=False),
+    _Part("sums", sums.make, "train", 6000, chat=True, checks=True, pretrain=False),
     _Part("digits", digits.make, "val", 60, chat=True),
     _Part("words", words.make, "val", 60, chat=True),
     _Part("charts", charts.make, "val", 60, chat=True),
@@ -149,7 +150,7 @@ def build_quickstart_data(
 
 
 def _draw(job: tuple[Path, int, _Part, int]) -> list[tuple[str, Line]]:
-    """Draw one sample or page, save its images, and return its lines by form: ``page``, ``caption`` or ``chat``."""
+    """Draw one sample or page, save its images, and return its lines by form, such as ``page`` or ``chat``."""
     out, seed, part, number = job
     numbers = range(number * part.page, (number + 1) * part.page) if part.page else (number,)
     samples = [part.make(seed, part.split, each) for each in numbers]
@@ -170,6 +171,10 @@ def _draw(job: tuple[Path, int, _Part, int]) -> list[tuple[str, Line]]:
         pairs = [(("human", question), ("gpt", answer)) for question, answer in samples[0].questions]
         turns = [{"from": role, "value": text} for pair in pairs for role, text in pair]
         lines.append(("chat", {**line, "conversations": turns}))
+    if part.checks:
+        shown = [int(digit) for digit in samples[0].transcripts[0]]
+        checks = sums.make_checks(seed, part.split, number, shown)
+        lines += [("checks", {**line, "conversations": list(turns)}) for turns in checks]
     return lines
 
 
@@ -242,6 +247,7 @@ def _write_metas(out: Path, files: dict[str, Path]) -> None:
             "text": {"root": "", "annotation": "text", "format": "megatron"},
         },
         "sft": {task: entry(f"train/{task}/chat") for task in TASKS},
+        "checks": {"checks": entry("train/sums/checks")},
         "val": {task: entry(f"val/{task}/chat") for task in TASKS},
         "test": {task: entry(f"test/{task}/chat") for task in TASKS},
     }

@@ -153,6 +153,8 @@ def test_what_all_critics_agree_on(rewards: list[float]) -> None:
         ("choice", ["B", "(b)", "B. dog", "A"], [0, 0, 0, 1]),
         ("math", ["\\frac{1}{2}", "0.5", "x+1", "1+x"], [0, 0, 1, 2]),
         ("anls", ["international", "internationa1", "International"], [0, 1, 0]),
+        ("yes_no", ["Yes", "No, it is not.", "Yes, there is", "no"], [0, 1, 0, 1]),
+        ("contains", ["open", "open now"], [0, 1]),
         ("vqa", ["the dog", "dog", "2", "two"], [0, 0, 1, 1]),
     ],
 )

@@ -189,7 +189,7 @@ def test_extending_a_base_tokenizer(tmp_path: Path) -> None:
     assert written["model_max_length"] == 77
     assert written["eos_token"] == IM_END
     assert extend_tokenizer(tmp_path / "out", tmp_path / "again") == ()
-    with pytest.raises(TokenizerError, match="no tokenizer.json"):
+    with pytest.raises(TokenizerError, match=r"no tokenizer\.json"):
         extend_tokenizer(tmp_path / "nothing", tmp_path / "x")
 
 

@@ -278,6 +278,8 @@ def test_without_critics_there_are_candidates_and_the_oracle(meta: Path, tmp_pat
     assert (apart.asked, apart.scored) == ([[]], [{}])
     fresh = measure(meta, tmp_path / "fresh", settings("prm", "majority"), candidates=written, models=PRM, ranks=2)
     assert fresh.summary == whole.summary
+    on = measure(meta, tmp_path / "out", settings("prm", "majority"), models=PRM)
+    assert (on.summary, on.asked) == (whole.summary, [[]])
 
 
 def test_a_candidate_file_of_fewer_candidates(meta: Path, tmp_path: Path) -> None:

@@ -106,14 +106,11 @@ def test_generation_and_choice_apart(meta: Path, url: str, capsys: pytest.Captur
     choosing = words(meta, "--candidates", str(folder / "scored.jsonl"), "--critic", "prm", out="chosen")
     assert cli.main([*choosing, "--critic", "majority", "--critic", "random"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "pass@1 prm majority random oracle" in printed
+    assert "n pass@1 prm majority random oracle" in printed
     assert "left out: 1 no candidates" in printed
     table = json.loads((folder / "chosen" / "summary.json").read_text())["datasets"]["sums"]["n"]
-    assert {size: cells["prm"]["mean"] for size, cells in table.items()} == {
-        "1": 0.5,
-        "2": pytest.approx(1 / 3),
-        "4": 0,
-    }
+    # The second candidate has the highest reward and is wrong; of the others, the first one stands for all.
+    assert [table[size]["prm"]["mean"] for size in "124"] == [0.5, 0.5, 0]
     assert table["4"]["majority"]["mean"] == 1  # two votes against two: what came first
     # Another reduction is made of the steps in the file.
     assert cli.main([*choosing, "--reduction", "last"]) == 0
@@ -127,7 +124,7 @@ def test_ranks_share_the_work(meta: Path, url: str, capfd: pytest.CaptureFixture
     counts = [len((out / "samples" / f"rank-0000{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)]
     assert counts == [3, 3]
     printed = " ".join(capfd.readouterr().out.split())
-    assert "pass@1 majority random oracle" in printed
+    assert "n pass@1 majority random oracle" in printed
     assert "24 candidates to 6 questions" in printed
     alone = [*asking(meta, url), "--out", str(meta.parent / "alone")]
     assert cli.main(alone) == 0

@@ -1,6 +1,7 @@
 """The published layout of VisualPRM-8B: a reward model's architecture around InternLM2.5's names and fused q, k, v."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,12 @@ from evovlm.models.hf import (
     read_state,
     save_pretrained,
     system_message,
+    vocabulary,
 )
 from evovlm.models.hf.read_config import read_model
 
 from .hf_support import random_sample, write_tokenizer
+from .sentencepiece_support import train, write_published
 from .visualprm_support import config_json, internlm2, write_reward_model
 
 
@@ -102,6 +105,20 @@ def test_a_published_reward_model_exports_to_transformers(tmp_path: Path, config
         positions = torch.arange(len(sample.tokens), dtype=torch.float32)
         ours = model(sample.tokens, positions, borders, sample.tiles.double(), sample.visual.nonzero()[:, 0])
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)  # their rotary frequencies are float32
+
+
+def test_an_export_brings_a_tokenizer_that_transformers_loads(tmp_path: Path, config: InternVLConfig) -> None:
+    from transformers import AutoTokenizer
+
+    published = write_published(tmp_path / "published", train("The answer: 8 + 1\n" * 20, vocab_size=290))
+    size = max(vocabulary(published).values()) + 1
+    wide = replace(config, decoder=replace(config.decoder, vocab_size=size))
+    write_reward_model(published, wide)
+    save_pretrained(wide, read_state(published), tmp_path / "out", tokenizer_dir=published)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert vocabulary(tmp_path / "out") == vocabulary(published)
+    assert theirs("<|im_start|>8 +<IMG_CONTEXT>", add_special_tokens=False).input_ids[-1] == size - 7
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["add_bos_token"] is True
 
 
 def test_a_bare_language_model(tmp_path: Path, config: InternVLConfig) -> None:

@@ -1,0 +1,79 @@
+"""Truths from files of their own: joined by id, and for POPE by image and question, since its files' ids collide."""
+
+from pathlib import Path
+
+import pytest
+
+from evovlm.data.benchmarks.annotations import Annotations
+from evovlm.data.benchmarks.rows import Row, RowError
+
+from .answer_files import score, write
+
+
+def test_by_id(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "val.json", {"annotations": [{"question_id": 7, "answers": [{"answer": "4"}, {"answer": "four"}]}]}
+    )
+    joined = Annotations([file]).join(Row("a, row 1", {"questionId": "7", "answer": "4"}))
+    assert joined.truths() == ["4", "four"]
+    assert joined.answer() == "4"
+
+
+def test_without_files_a_row_stays_as_it_is() -> None:
+    row = Row("a, row 1", {"answer": "4", "annotation": "4"})
+    assert Annotations([]).join(row) is row
+
+
+def test_a_question_that_is_not_there(tmp_path: Path) -> None:
+    file = write(tmp_path / "val.json", [{"question_id": 7, "answers": ["4"]}])
+    with pytest.raises(RowError, match=r"a, row 1: question 8 is not in .*val\.json"):
+        Annotations([file]).join(Row("a, row 1", {"question_id": 8, "answer": "4"}))
+    with pytest.raises(RowError, match=r"question \(without an id\) is not in"):
+        Annotations([file]).join(Row("a, row 1", {"answer": "4"}))
+
+
+def test_a_broken_file(tmp_path: Path) -> None:
+    file = tmp_path / "val.jsonl"
+    file.write_text("{\n")
+    with pytest.raises(ValueError, match="line 1: broken JSON"):
+        Annotations([file])
+
+
+def test_pope_as_published(tmp_path: Path) -> None:
+    """Answers by question_id; LLaVA's questions say image and category; three files with labels, ids from 1 in each."""
+    instruction = "\nAnswer the question using a single word or phrase."
+    questions = [
+        {"question_id": 1, "image": "a.jpg", "text": f"Is there a dog?{instruction}", "category": "random"},
+        {"question_id": 2, "image": "a.jpg", "text": f"Is there a cat?{instruction}", "category": "random"},
+        {"question_id": 3, "image": "a.jpg", "text": f"Is there a car?{instruction}", "category": "popular"},
+    ]
+    labels = {
+        "random": [("Is there a dog?", "yes"), ("Is there a cat?", "no")],
+        "popular": [("Is there a car?", "no")],
+    }
+    files = [write(tmp_path / "llava_pope_test.jsonl", questions)]
+    for category, pairs in labels.items():
+        rows = [
+            {"question_id": i, "image": "a.jpg", "text": text, "label": label}
+            for i, (text, label) in enumerate(pairs, start=1)
+        ]
+        files.append(write(tmp_path / f"coco_pope_{category}.jsonl", rows))
+    answers = [{"question_id": i, "text": text} for i, text in ((1, "Yes"), (2, "Yes"), (3, "No"))]
+    report = score(tmp_path, "pope", answers, annotations=files)
+    assert [(one.given, one.truth, one.groups) for one in report.judged] == [
+        ("yes", "yes", ("random",)),
+        ("yes", "no", ("random",)),
+        ("no", "no", ("popular",)),
+    ]
+
+
+def test_mmmu_as_internvl_writes_it(tmp_path: Path) -> None:
+    """An object of letters by id, and the answers in a file of their own."""
+    answers = {"validation_Art_1": "B", "validation_Math_2": "x = 7"}
+    truths = {
+        "validation_Art_1": {"question_type": "multiple-choice", "ground_truth": "B"},
+        "validation_Math_2": {"question_type": "short-answer", "ground_truth": ["7", "seven"]},
+    }
+    report = score(tmp_path, "mmmu", answers, annotations=[write(tmp_path / "answer_dict_val.json", truths)])
+    assert report.score == 1
+    assert not report.bad
