@@ -73,6 +73,7 @@ REQUIRED = (
     Package(("matplotlib",), "import matplotlib", "charts of the quickstart, reports"),
     Package(("httpx",), "import httpx", "servers that generate"),
     Package(("math-verify",), "import math_verify", "answers in LaTeX"),
+    Package(("protobuf",), "import google.protobuf", "SentencePiece vocabularies"),
 )
 OPTIONAL = (
     Package(("scikit-learn",), "import sklearn.datasets", "quickstart data", "pip install 'evovlm[quickstart]'"),

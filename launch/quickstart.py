@@ -28,7 +28,7 @@ from evovlm.data.build_index import IndexSettings
 from evovlm.data.index_format import Kind
 from evovlm.data.index_progress import show_progress
 from evovlm.data.synthetic import build_quickstart_data
-from evovlm.data.synthetic.sums import PRM_SYSTEM_PROMPT
+from evovlm.data.synthetic.steps import PRM_SYSTEM_PROMPT
 from evovlm.launch.indexing import build_with_progress
 from evovlm.launch.quickstart_summary import summarize
 from evovlm.launch.ranks import start_ranks
@@ -46,9 +46,9 @@ PAIRS = {"mpo": "sft", "mpo_val": "val"}
 QUESTIONS, SAMPLES, MAX_PAIRS = 6000, 8, 4
 """Questions of each task, answers to each, and most pairs of one."""
 LABELS = {"prm": "sft", "prm_val": "val"}
-"""Index of judged solutions → part of the data whose sums they solve."""
-SUMS, SOLUTIONS, ROLLOUTS = 1500, 4, 4
-"""Sums that are solved, solutions of each, and continuations from the end of each step."""
+"""Index of judged solutions → part of the data whose questions of the task ``steps`` they solve."""
+SOLVED, SOLUTIONS, ROLLOUTS = 1500, 4, 4
+"""Questions that are solved step by step, solutions of each, and continuations from the end of each step."""
 CANDIDATES = 8
 SHORT_QUESTIONS = 40
 
@@ -120,45 +120,56 @@ class Quickstart:
             self._index(folder / "meta.json", name, "preference")
 
     def labels(self) -> None:
-        """Let the tuned model solve training and held-out sums, and label each step by how its continuations end."""
+        """Let the tuned model solve questions in steps, and label each step by how its continuations end."""
         for name, part in LABELS.items():
             folder = self.out / "labels" / name
             words = [
                 f"--out={folder}",
                 f"--model={self.out / 'mpo'}",
-                f"--limit={SHORT_QUESTIONS if self.short else SUMS}",
+                f"--limit={SHORT_QUESTIONS if self.short else SOLVED}",
                 f"--num-solutions={SOLUTIONS}",
                 f"--rollouts={ROLLOUTS}",
                 *self._solving,
                 f"--prm-system-prompt={PRM_SYSTEM_PROMPT}",
             ]
             if not (folder / "meta.json").is_file():
-                self._command(["prm", "build", str(self._sums(part)), *words])
-            self._index(folder / "meta.json", name, "conversations")
+                self._command(["prm", "build", str(self._in_steps(part)), *words])
+            self._index(self._with_checks(folder) if name == "prm" else folder / "meta.json", name, "conversations")
+
+    def _with_checks(self, folder: Path) -> Path:
+        """Write a meta JSON of labels, and of the checks that a reward model practises with."""
+        datasets = {}
+        for meta in (folder / "meta.json", self.out / "data" / "checks.json"):
+            for name, dataset in json.loads(meta.read_text()).items():
+                files = {key: str((meta.parent / dataset[key]).absolute()) for key in ("root", "annotation")}
+                datasets[name] = dataset | files
+        path = folder / "with_checks.json"
+        path.write_text(json.dumps(datasets, indent=2) + "\n")
+        return path
 
     @property
     def _solving(self) -> list[str]:
         """How solutions are sampled and checked."""
         return [
             "--temperature=1",
-            "--max-new-tokens=96",
+            "--max-new-tokens=48",
             "--prompt=marked",
             "--verify=exact",
             f"--system-prompt={SYSTEM_PROMPT}",
             f"--seed={self.seed}",
         ]
 
-    def _sums(self, part: str) -> Path:
-        """Write a meta JSON of a part's sums alone."""
-        path = self.out / "data" / f"{part}_sums.json"
+    def _in_steps(self, part: str) -> Path:
+        """Write a meta JSON of a part's task ``steps`` alone."""
+        path = self.out / "data" / f"{part}_steps.json"
         meta = json.loads((self.out / "data" / f"{part}.json").read_text())
-        path.write_text(json.dumps({"sums": meta["sums"]}, indent=2) + "\n")
+        path.write_text(json.dumps({"steps": meta["steps"]}, indent=2) + "\n")
         return path
 
     def select(self) -> None:
-        """Solve held-out sums eight times each, and choose; measure how well steps are judged."""
+        """Solve held-out questions eight times each, and choose; measure how well steps are judged."""
         words = [
-            str(self._sums("test")),
+            str(self._in_steps("test")),
             f"--out={self.out / 'best_of_8'}",
             f"--model={self.out / 'mpo'}",
             f"--critic-model={self.out / 'prm'}",
@@ -168,8 +179,13 @@ class Quickstart:
             f"--critic-system-prompt={PRM_SYSTEM_PROMPT}",
         ]
         self._command(["best-of-n", *words])
-        judged = self.out / "labels" / "prm_val" / "steps" / "sums.jsonl"
-        words = [f"--model={self.out / 'prm'}", f"--system-prompt={PRM_SYSTEM_PROMPT}", f"--json={self.step_scores}"]
+        judged = self.out / "labels" / "prm_val" / "steps" / "steps.jsonl"
+        words = [
+            f"--model={self.out / 'prm'}",
+            f"--system-prompt={PRM_SYSTEM_PROMPT}",
+            "--threshold=0.5",
+            f"--json={self.step_scores}",
+        ]
         self._command(["prm", "evaluate", str(judged), *words])
 
     @property
@@ -228,11 +244,11 @@ class Quickstart:
             self.pairs()
         with self._phase("mpo", "mixed preference optimisation on these pairs"):
             self.train("mpo")
-        with self._phase("labels", "its own solutions of sums, every step labelled by where it leads"):
+        with self._phase("labels", "its own solutions step by step, every step labelled by where it leads"):
             self.labels()
         with self._phase("prm", "a process reward model, trained on these labels"):
             self.train("prm")
-        with self._phase("select", "eight solutions of each held-out sum, and which of them is best"):
+        with self._phase("select", "eight solutions of each held-out question, and which of them is best"):
             self.select()
         with self._phase("evaluate", "greedy answers on held-out questions"):
             scores = self.evaluate()

@@ -58,7 +58,7 @@ def summarize(run: Finished, scores: Mapping[str, TaskScores]) -> None:
         }
         for task, final in scores["mpo"].items()
     }
-    choosing = json.loads((run.out / "best_of_8" / "summary.json").read_text())["datasets"]["sums"]
+    choosing = json.loads((run.out / "best_of_8" / "summary.json").read_text())["datasets"]["steps"]
     steps = json.loads(run.step_scores.read_text())["overall"]
     summary = {
         "tasks": tasks,
@@ -91,7 +91,11 @@ def _tasks(tasks: Mapping[str, Mapping[str, Any]], states: list[str]) -> Table:
 
 
 def _choices(by_way: Mapping[str, Mapping[str, float]], num_questions: int) -> Table:
-    table = Table("choice among 8", box=SIMPLE_HEAD, title=f"Right answers to {num_questions} held-out sums")
+    table = Table(
+        "choice among 8",
+        box=SIMPLE_HEAD,
+        title=f"Right answers to {num_questions} held-out questions of the task steps",
+    )
     for column in ("share", "95 % interval"):
         table.add_column(column, justify="right")
     for way, name in _WAYS.items():

@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from evovlm.data.corpus import write_corpus
-from evovlm.data.synthetic import charts, digits, sources, sums, words
+from evovlm.data.synthetic import charts, digits, sources, steps, words
 from evovlm.data.synthetic.sample import Sample
 from evovlm.data.synthetic.sources import Split
 from evovlm.data.tokenizer import Tokenizer
 from evovlm.data.tokenizer_training import build_tokenizer
 
-TASKS = ("digits", "words", "charts", "sums")
+TASKS = ("digits", "words", "charts", "steps")
 VOCAB_SIZE = 640
 Line = dict[str, Any]
 Make = Callable[[int, Split, int], Sample]
@@ -60,15 +60,15 @@ _PARTS = (
     _Part("digits", digits.make, "train", 6000, caption=True, chat=True),
     _Part("words", words.make, "train", 8000, caption=True, chat=True),
     _Part("charts", charts.make, "train", 6000, caption=True, chat=True),
-    _Part("sums", sums.make, "train", 6000, chat=True, checks=True, pretrain=False),
+    _Part("steps", steps.make, "train", 6000, chat=True, checks=True, pretrain=False),
     _Part("digits", digits.make, "val", 60, chat=True),
     _Part("words", words.make, "val", 60, chat=True),
     _Part("charts", charts.make, "val", 60, chat=True),
-    _Part("sums", sums.make, "val", 300, chat=True),
+    _Part("steps", steps.make, "val", 300, chat=True),
     _Part("digits", digits.make, "test", 300, chat=True),
     _Part("words", words.make, "test", 300, chat=True),
     _Part("charts", charts.make, "test", 300, chat=True),
-    _Part("sums", sums.make, "test", 300, chat=True),
+    _Part("steps", steps.make, "test", 300, chat=True),
 )
 
 
@@ -173,7 +173,7 @@ def _draw(job: tuple[Path, int, _Part, int]) -> list[tuple[str, Line]]:
         lines.append(("chat", {**line, "conversations": turns}))
     if part.checks:
         shown = [int(digit) for digit in samples[0].transcripts[0]]
-        checks = sums.make_checks(seed, part.split, number, shown)
+        checks = steps.make_checks(seed, part.split, number, shown)
         lines += [("checks", {**line, "conversations": list(turns)}) for turns in checks]
     return lines
 
@@ -247,7 +247,7 @@ def _write_metas(out: Path, files: dict[str, Path]) -> None:
             "text": {"root": "", "annotation": "text", "format": "megatron"},
         },
         "sft": {task: entry(f"train/{task}/chat") for task in TASKS},
-        "checks": {"checks": entry("train/sums/checks")},
+        "checks": {"checks": entry("train/steps/checks")},
         "val": {task: entry(f"val/{task}/chat") for task in TASKS},
         "test": {task: entry(f"test/{task}/chat") for task in TASKS},
     }

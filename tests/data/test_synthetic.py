@@ -15,7 +15,7 @@ from PIL import Image
 from evovlm.data.corpus import open_corpus
 from evovlm.data.meta import load_meta
 from evovlm.data.solution_steps import split_steps
-from evovlm.data.synthetic import build_quickstart_data, charts, digits, sources, sums, words
+from evovlm.data.synthetic import build_quickstart_data, charts, digits, sources, steps, words
 from evovlm.data.synthetic.draws import Draws
 from evovlm.data.synthetic.sample import Sample
 from evovlm.data.synthetic.sources import SPLITS, Split
@@ -23,7 +23,7 @@ from evovlm.data.tiling import choose_grid, num_tiles
 from evovlm.data.tokenizer import Tokenizer
 
 Make = Callable[[int, Split, int], Sample]
-TASKS: dict[str, Make] = {"digits": digits.make, "words": words.make, "charts": charts.make, "sums": sums.make}
+TASKS: dict[str, Make] = {"digits": digits.make, "words": words.make, "charts": charts.make, "steps": steps.make}
 TRAIN_ONLY: dict[str, Make] = {
     "digit_pages": partial(digits.make, one_tile=True),
     "letters": words.make_letters,
@@ -203,20 +203,32 @@ def test_pretraining_has_documents_conversations_and_text(written: Path) -> None
     assert any(d.format == "megatron" for d in load_meta(written / "pretrain.json").datasets)
     assert {line["conversations"][0]["from"] for _, line in _lines(written, "sft")} == {"human"}  # type: ignore[index]
     assert any(isinstance(line["image"], list) for _, line in _lines(written, "sft"))
-    assert {"sums", "digits"} <= {d.name for d in load_meta(written / "sft.json").datasets}
-    assert not any("sums" in d.name for d in load_meta(written / "pretrain.json").datasets)
+    assert {"steps", "digits"} <= {d.name for d in load_meta(written / "sft.json").datasets}
+    assert not any("steps" in d.name for d in load_meta(written / "pretrain.json").datasets)
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_sums_are_added_step_by_step(split: Split) -> None:
+def test_steps_are_digits(split: Split) -> None:
     for number in range(50):
-        sample = sums.make(0, split, number)
-        digits_shown = [int(digit) for digit in sample.transcripts[0]]
-        *steps, last = split_steps(sample.questions[0][1])
-        assert 2 <= len(digits_shown) == len(steps) + 1 <= 4
-        for i, step in enumerate(steps):
-            assert step == f"{sum(digits_shown[: i + 1])} and {digits_shown[i + 1]} is {sum(digits_shown[: i + 2])}"
-        assert last == f"Answer: {sum(digits_shown)}"
+        sample = steps.make(0, split, number)
+        *lines, last = split_steps(sample.questions[0][1])
+        assert 2 <= len(lines) <= 8
+        assert "".join(lines) == sample.transcripts[0]
+        assert last == f"Answer: {sample.transcripts[0]}"
+
+
+def test_checks_say_which_lines_are_right() -> None:
+    said = []
+    for number in range(50):
+        digits_shown = [int(digit) for digit in steps.make(0, "train", number).transcripts[0]]
+        for _, *turns in steps.make_checks(0, "train", number, digits_shown):
+            lines = [turn["value"].splitlines()[-1] for turn in turns[::2]]
+            answers = [turn["value"] for turn in turns[1::2]]
+            assert len(lines) == len(digits_shown)
+            for line, answer, digit in zip(lines, answers, digits_shown, strict=True):
+                assert answer == ("+" if line == str(digit) else str(digit))
+            said += answers
+    assert 0.5 < said.count("+") / len(said) < 0.7
 
 
 def test_the_tokenizer_spells_words_letter_by_letter(written: Path) -> None:
