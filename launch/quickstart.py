@@ -108,7 +108,7 @@ class Quickstart:
                 f"--num-samples={SAMPLES}",
                 f"--max-pairs={MAX_PAIRS}",
                 "--temperature=1",
-                "--max-new-tokens=48",
+                "--max-new-tokens=72",
                 "--verify=exact",
                 f"--system-prompt={SYSTEM_PROMPT}",
                 f"--seed={self.seed}",
@@ -152,7 +152,7 @@ class Quickstart:
         """How solutions are sampled and checked."""
         return [
             "--temperature=1",
-            "--max-new-tokens=48",
+            "--max-new-tokens=72",
             "--prompt=marked",
             "--verify=exact",
             f"--system-prompt={SYSTEM_PROMPT}",
