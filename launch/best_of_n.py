@@ -9,8 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evovlm.launch.ranks import RankInfo, process_group
-from evovlm.launch.sampling import A_WEEK, Source, check_source, phase_progress
+from evovlm.launch.ranks import RankInfo
+from evovlm.launch.sampling import (
+    SamplingOptions,
+    Source,
+    check_questions,
+    check_source,
+    listed_reasons,
+    sampling_ranks,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(SamplingOptions):
     """What the command line says; see ``BestOfNSettings``, ``Sampling`` and ``ScoreSettings``."""
 
     critics: Sequence[str]
@@ -32,18 +39,8 @@ class Options:
     max_steps: int
     reduction: str | None
     num: int
-    temperature: float
-    top_k: int
-    top_p: float
-    max_new_tokens: int
-    prompt: str
-    verify: Sequence[str]
     candidates: Path | None
     generate_only: bool
-    limit: int | None
-    start: int
-    system_prompt: str | None
-    seed: int
 
     def settings(self) -> "BestOfNSettings":
         """Turn them into settings; see there for the errors."""
@@ -51,10 +48,9 @@ class Options:
         from evovlm.data.answers.rules import parse_rules
         from evovlm.data.selection import critics_named
         from evovlm.engine.best_of_n_settings import BestOfNSettings
-        from evovlm.engine.generation import Sampling
 
         return BestOfNSettings(
-            sampling=Sampling(self.temperature, self.top_k, self.top_p, self.max_new_tokens, self.seed),
+            sampling=self.sampling,
             rules=parse_rules(self.verify),
             critics=() if self.generate_only else critics_named(self.critics),
             style=PromptStyle(self.prompt),
@@ -102,17 +98,11 @@ class Options:
 
 def check(meta: Path, options: Options, source: Source) -> None:
     """Raise a ``ValueError`` or ``FileNotFoundError`` for what is wrong with the options or the files."""
-    from evovlm.data.answers.rules import open_scorers
-    from evovlm.data.meta import load_meta
     from evovlm.engine.best_of_n import check_rewards
     from evovlm.engine.best_of_n_candidates import CandidateFile
 
     settings, models = options.settings(), options.reward_models()
-    datasets = load_meta(meta).datasets
-    names = [dataset.name for dataset in datasets]
-    settings.rules.check_datasets(names)
-    with open_scorers({settings.rules.of(name) for name in names}):
-        pass  # a package that a rule needs may be missing
+    datasets = check_questions(meta, settings.rules)
     for critic in models.values():
         if not Path(critic.model).is_dir():
             raise FileNotFoundError(f"there is no folder {critic.model}: --critic-model names a run or an export")
@@ -135,27 +125,22 @@ def measure(meta: Path, out: Path, options: Options, source: Source, ranks: Rank
     from rich.console import Console
 
     from evovlm.engine.best_of_n import best_of_n
-    from evovlm.engine.generation import GenerationError
 
-    console, started, settings = Console(stderr=True), time.monotonic(), options.settings()
-    # Ranks end when their questions do: the first may have to wait for the last one for days.
-    with process_group(ranks, timeout=A_WEEK) as world, phase_progress(console, show=world.is_main) as report:
+    started, settings = time.monotonic(), options.settings()
+    with sampling_ranks(ranks) as (world, report):
         models = _Models(source, options.reward_models(), world.device)
-        try:
-            summary = best_of_n(
-                meta,
-                out,
-                settings,
-                world,
-                open_generator=None if options.candidates is not None else models.generator,
-                candidates=options.candidates,
-                model=source.name,
-                open_critic=models.critic,
-                reward_models={name: model.identity() for name, model in models.critics.items()},
-                report=report,
-            )
-        except GenerationError as error:
-            raise ValueError(str(error)) from error
+        summary = best_of_n(
+            meta,
+            out,
+            settings,
+            world,
+            open_generator=None if options.candidates is not None else models.generator,
+            candidates=options.candidates,
+            model=source.name,
+            open_critic=models.critic,
+            reward_models={name: model.identity() for name, model in models.critics.items()},
+            report=report,
+        )
     if ranks.rank == 0:
         _print(summary, meta, out, time.monotonic() - started, Console(), options)
 
@@ -208,9 +193,7 @@ def _print(
     line = f"{overall['num_candidates']:,} candidates to {overall['num_questions']:,} questions in {seconds:.1f} s"
     remarks = {"without an answer": "num_unreadable", "cut off": "num_cut_off", "questions with fewer": "num_fewer"}
     line += "".join(f"; {overall[key]:,} {what}" for what, key in remarks.items() if overall[key])
-    for what, reasons in {"left out": overall["skipped"], "not scored": overall["unscored"]}.items():
-        listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
-        line += f"; {what}: {listed}" if listed else ""
+    line += listed_reasons({"left out": overall["skipped"], "not scored": overall["unscored"]})
     lines = [line]
     if overall["num_unreadable"] == overall["num_candidates"]:
         lines.append(f"no candidate has an answer in the form that --prompt {options.prompt} asks for")

@@ -6,7 +6,25 @@ from typing import Annotated
 
 import typer
 
-from evovlm.launch.cli_preference import Backend, Prompt
+from evovlm.launch.cli_sampling import (
+    ApiKeyOption,
+    Backend,
+    BackendOption,
+    LimitOption,
+    MetaArgument,
+    ModelOption,
+    Prompt,
+    PromptOption,
+    RanksOption,
+    StartOption,
+    SystemPromptOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    UrlOption,
+    VerifyOption,
+)
+from evovlm.launch.cli_score import Reduction
 
 
 class CriticName(StrEnum):
@@ -19,26 +37,11 @@ class CriticName(StrEnum):
     RANDOM = "random"
 
 
-class Reduction(StrEnum):
-    """How the scores of steps become a reward."""
-
-    MEAN = "mean"
-    MIN = "min"
-    PRODUCT = "product"
-    LAST = "last"
-
-
 def best_of_n(
     context: typer.Context,
-    meta: Annotated[
-        Path,
-        typer.Argument(metavar="META", help="InternVL meta JSON of questions: conversations, or preference pairs."),
-    ],
+    meta: MetaArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; started again, it goes on there.")],
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="Folder of a run or of an exported model; with a server, its name there."),
-    ] = None,
+    model: ModelOption = None,
     critic: Annotated[
         list[CriticName] | None,
         typer.Option(
@@ -55,27 +58,14 @@ def best_of_n(
         ),
     ] = None,
     num: Annotated[int, typer.Option("--num", "-n", min=1, help="Candidates to each question.")] = 32,
-    temperature: Annotated[float, typer.Option(min=0, help="Of sampling.")] = 0.7,
-    top_k: Annotated[int, typer.Option(min=0, help="Draw from so many most likely tokens; 0: all.")] = 50,
-    top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens of this probability in all.")] = 1.0,
+    temperature: TemperatureOption = 0.7,
+    top_k: TopKOption = 50,
+    top_p: TopPOption = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest candidate; one cut off there has no answer.")] = (
         4096
     ),
-    prompt: Annotated[
-        Prompt,
-        typer.Option(
-            help="direct, marked: questions as written; the answer is the whole reply, or stands behind 'Answer:'. "
-            "en_v2, en: steps, and a last line 'Answer: \\boxed{…}' or 'Final answer: …'. r1: thoughts in <think>."
-        ),
-    ] = Prompt.EN_V2,
-    verify: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[DATASET=]RULE",
-            help="How answers are checked, of all datasets or of one; rules are those of evovlm preference build. "
-            "Repeatable.",
-        ),
-    ] = None,
+    prompt: PromptOption = Prompt.EN_V2,
+    verify: VerifyOption = None,
     candidates: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Candidate file of these questions; by default candidates are generated."),
@@ -96,21 +86,14 @@ def best_of_n(
         str | None,
         typer.Option(help="System turn of critics; by default that of their training. '': the chat template's own."),
     ] = None,
-    system_prompt: Annotated[
-        str | None, typer.Option(help="System turn of questions without one; by default the chat template's own.")
-    ] = None,
-    limit: Annotated[int, typer.Option(min=0, help="Lines to read of each dataset; 0: all.")] = 0,
-    start: Annotated[int, typer.Option(min=0, help="Lines of each dataset to pass over first.")] = 0,
+    system_prompt: SystemPromptOption = None,
+    limit: LimitOption = 0,
+    start: StartOption = 0,
     seed: Annotated[int, typer.Option(help="Of sampling, of blind choices, of subsets and of intervals.")] = 0,
-    ranks: Annotated[int | None, typer.Option(min=1, help="Processes to start on this machine.")] = None,
-    backend: Annotated[Backend, typer.Option(help="What generates.")] = Backend.EVOVLM,
-    url: Annotated[
-        str | None,
-        typer.Option(help="Of an OpenAI-compatible server (vLLM, LMDeploy), such as http://host:8000/v1."),
-    ] = None,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="OPENAI_API_KEY", help="Key for the server.", show_default=False)
-    ] = None,
+    ranks: RanksOption = None,
+    backend: BackendOption = Backend.EVOVLM,
+    url: UrlOption = None,
+    api_key: ApiKeyOption = None,
 ) -> None:
     """Measure Best-of-N: sample candidates, let critics choose, print accuracy against N = 1, 2, 4, 8, 16, 32.
 

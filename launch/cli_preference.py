@@ -6,6 +6,25 @@ from typing import Annotated
 
 import typer
 
+from evovlm.launch.cli_sampling import (
+    ApiKeyOption,
+    Backend,
+    BackendOption,
+    BuildOutOption,
+    LimitOption,
+    MetaArgument,
+    ModelOption,
+    Prompt,
+    PromptOption,
+    RanksOption,
+    StartOption,
+    SystemPromptOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    UrlOption,
+)
+
 preference_app = typer.Typer(
     help="Preference data: pairs of a better and a worse answer, for MPO.", no_args_is_help=True, rich_markup_mode=None
 )
@@ -23,24 +42,6 @@ class Method(StrEnum):
     DROPOUT_NTP = "dropout-ntp"
 
 
-class Prompt(StrEnum):
-    """How a question asks for an answer that can be checked."""
-
-    DIRECT = "direct"
-    MARKED = "marked"
-    EN_V2 = "en_v2"
-    EN = "en"
-    R1 = "r1"
-
-
-class Backend(StrEnum):
-    """What generates."""
-
-    EVOVLM = "evovlm"
-    TRANSFORMERS = "transformers"
-    SERVER = "server"
-
-
 @preference_app.callback()
 def _preference() -> None:
     """Keep ``build`` a subcommand: with a single command and no callback it would be the group itself."""
@@ -49,31 +50,19 @@ def _preference() -> None:
 @preference_app.command()
 def build(
     context: typer.Context,
-    meta: Annotated[
-        Path,
-        typer.Argument(metavar="META", help="InternVL meta JSON of questions: conversations, or preference pairs."),
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; started again, a build goes on there.")],
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="Folder of a run or of an exported model; with a server, its name there."),
-    ] = None,
+    meta: MetaArgument,
+    out: BuildOutOption,
+    model: ModelOption = None,
     method: Annotated[
         Method,
         typer.Option(help="correctness: right against wrong answers. dropout-ntp: answers finished without the image."),
     ] = Method.CORRECTNESS,
     num_samples: Annotated[int, typer.Option(min=1, help="Answers to each question (correctness).")] = 32,
-    temperature: Annotated[float, typer.Option(min=0, help="Of sampling.")] = 0.7,
-    top_k: Annotated[int, typer.Option(min=0, help="Draw from so many most likely tokens; 0: all.")] = 50,
-    top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens of this probability in all.")] = 1.0,
+    temperature: TemperatureOption = 0.7,
+    top_k: TopKOption = 50,
+    top_p: TopPOption = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer; one cut off there is not used.")] = 4096,
-    prompt: Annotated[
-        Prompt,
-        typer.Option(
-            help="direct, marked: questions as written; the answer is the whole reply, or stands behind 'Answer:'. "
-            "en_v2, en: steps, and a last line 'Answer: \\boxed{…}' or 'Final answer: …'. r1: thoughts in <think>."
-        ),
-    ] = Prompt.DIRECT,
+    prompt: PromptOption = Prompt.DIRECT,
     verify: Annotated[
         list[str] | None,
         typer.Option(
@@ -82,8 +71,8 @@ def build(
     ] = None,
     max_pairs: Annotated[int, typer.Option(min=1, help="Most pairs of a question.")] = 15,
     max_lines: Annotated[int, typer.Option(min=1, help="Most pairs in all; more are thinned out.")] = 1_200_000,
-    limit: Annotated[int, typer.Option(min=0, help="Lines to read of each dataset; 0: all.")] = 7000,
-    start: Annotated[int, typer.Option(min=0, help="Lines of each dataset to pass over first.")] = 0,
+    limit: LimitOption = 7000,
+    start: StartOption = 0,
     start_ratio: Annotated[
         float, typer.Option(help="Share of the chosen answer's words that stays (dropout-ntp).")
     ] = 0.5,
@@ -93,22 +82,15 @@ def build(
             metavar="DIR", help="Continue right answers of this earlier build, not the data's own (dropout-ntp)."
         ),
     ] = None,
-    system_prompt: Annotated[
-        str | None, typer.Option(help="System turn of questions without one; by default the chat template's own.")
-    ] = None,
+    system_prompt: SystemPromptOption = None,
     seed: Annotated[int, typer.Option(help="Of sampling and of the choice of pairs.")] = 0,
     reuse_samples: Annotated[
         bool, typer.Option("--reuse-samples", help="Generate nothing: check and pair the samples in OUT again.")
     ] = False,
-    ranks: Annotated[int | None, typer.Option(min=1, help="Processes to start on this machine.")] = None,
-    backend: Annotated[Backend, typer.Option(help="What generates.")] = Backend.EVOVLM,
-    url: Annotated[
-        str | None,
-        typer.Option(help="Of an OpenAI-compatible server (vLLM, LMDeploy), such as http://host:8000/v1."),
-    ] = None,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="OPENAI_API_KEY", help="Key for the server.", show_default=False)
-    ] = None,
+    ranks: RanksOption = None,
+    backend: BackendOption = Backend.EVOVLM,
+    url: UrlOption = None,
+    api_key: ApiKeyOption = None,
 ) -> None:
     """Build preference data from a model's own answers.
 

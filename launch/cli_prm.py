@@ -5,7 +5,26 @@ from typing import Annotated
 
 import typer
 
-from evovlm.launch.cli_preference import Backend, Prompt
+from evovlm.launch.cli_sampling import (
+    ApiKeyOption,
+    Backend,
+    BackendOption,
+    BuildOutOption,
+    LimitOption,
+    MaxTilesOption,
+    MetaArgument,
+    ModelOption,
+    Prompt,
+    PromptOption,
+    RanksOption,
+    RewardModelOption,
+    RewardSystemPromptOption,
+    StartOption,
+    TopKOption,
+    TopPOption,
+    UrlOption,
+    VerifyOption,
+)
 
 prm_app = typer.Typer(
     help="Process reward models: training data with a label for each step, and how well steps are judged.",
@@ -22,15 +41,9 @@ def _prm() -> None:
 @prm_app.command()
 def build(
     context: typer.Context,
-    meta: Annotated[
-        Path,
-        typer.Argument(metavar="META", help="InternVL meta JSON of questions: conversations, or preference pairs."),
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; started again, a build goes on there.")],
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="Folder of a run or of an exported model; with a server, its name there."),
-    ] = None,
+    meta: MetaArgument,
+    out: BuildOutOption,
+    model: ModelOption = None,
     num_solutions: Annotated[
         int | None,
         typer.Option(min=1, help="Solutions of each question; by default 4, or all of --solutions."),
@@ -48,26 +61,13 @@ def build(
         ),
     ] = False,
     temperature: Annotated[float, typer.Option(min=0, help="Of solutions and rollouts.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Draw from so many most likely tokens; 0: all.")] = 50,
-    top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens of this probability in all.")] = 1.0,
+    top_k: TopKOption = 50,
+    top_p: TopPOption = 1.0,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Longest solution, and longest rollout; one cut off there has no answer.")
     ] = 4096,
-    prompt: Annotated[
-        Prompt,
-        typer.Option(
-            help="direct, marked: questions as written; the answer is the whole reply, or stands behind 'Answer:'. "
-            "en_v2, en: steps, and a last line 'Answer: \\boxed{…}' or 'Final answer: …'. r1: thoughts in <think>."
-        ),
-    ] = Prompt.EN_V2,
-    verify: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[DATASET=]RULE",
-            help="How answers are checked, of all datasets or of one; rules are those of evovlm preference build. "
-            "Repeatable.",
-        ),
-    ] = None,
+    prompt: PromptOption = Prompt.EN_V2,
+    verify: VerifyOption = None,
     mc_threshold: Annotated[
         float, typer.Option(help='A step is "+" if the share of right rollouts is above this.')
     ] = 0.0,
@@ -89,8 +89,8 @@ def build(
         Path | None,
         typer.Option(metavar="FILE", help="Candidate file whose solutions are labelled; by default they are sampled."),
     ] = None,
-    limit: Annotated[int, typer.Option(min=0, help="Lines to read of each dataset; 0: all.")] = 3072,
-    start: Annotated[int, typer.Option(min=0, help="Lines of each dataset to pass over first.")] = 0,
+    limit: LimitOption = 3072,
+    start: StartOption = 0,
     system_prompt: Annotated[
         str | None,
         typer.Option(help="System turn, for the policy, of questions without one; by default the chat template's own."),
@@ -102,15 +102,10 @@ def build(
             "--reuse-samples", help="Generate nothing: check and label the solutions and rollouts in OUT again."
         ),
     ] = False,
-    ranks: Annotated[int | None, typer.Option(min=1, help="Processes to start on this machine.")] = None,
-    backend: Annotated[Backend, typer.Option(help="What generates.")] = Backend.EVOVLM,
-    url: Annotated[
-        str | None,
-        typer.Option(help="Of an OpenAI-compatible server (vLLM, LMDeploy), such as http://host:8000/v1."),
-    ] = None,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="OPENAI_API_KEY", help="Key for the server.", show_default=False)
-    ] = None,
+    ranks: RanksOption = None,
+    backend: BackendOption = Backend.EVOVLM,
+    url: UrlOption = None,
+    api_key: ApiKeyOption = None,
 ) -> None:
     """Build process reward data from a model's own solutions.
 
@@ -162,32 +157,22 @@ def evaluate(
             "VisualProcessBench's.",
         ),
     ],
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="Process reward model: folder of a run or of an exported model.")
-    ],
+    model: RewardModelOption,
     threshold: Annotated[
         float, typer.Option(help='A step is said to be right if P("+") is above this; VisualProcessBench takes 0.85.')
     ] = 0.85,
     mc_threshold: Annotated[
         float, typer.Option(help="A step of prm build is right if its share of right rollouts is above this.")
     ] = 0.0,
-    system_prompt: Annotated[
-        str | None,
-        typer.Option(
-            help="System turn that the model was trained with; '': the chat template's own. By default that of "
-            "evovlm prm build, and of a published reward model its own."
-        ),
-    ] = None,
-    max_tiles: Annotated[
-        int | None, typer.Option(min=1, help="Most tiles of a question's images; by default as the model says.")
-    ] = None,
+    system_prompt: RewardSystemPromptOption = None,
+    max_tiles: MaxTilesOption = None,
     image_root: Annotated[
         Path | None, typer.Option(help="Where relative image paths begin; by default each file's folder.")
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="File for all numbers, by source and overall.")
     ] = None,
-    ranks: Annotated[int | None, typer.Option(min=1, help="Processes to start on this machine.")] = None,
+    ranks: RanksOption = None,
 ) -> None:
     """Measure how well a process reward model tells right steps from wrong ones.
 

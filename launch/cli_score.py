@@ -6,6 +6,13 @@ from typing import Annotated
 
 import typer
 
+from evovlm.launch.cli_sampling import (
+    MaxTilesOption,
+    RanksOption,
+    RewardModelOption,
+    RewardSystemPromptOption,
+)
+
 
 class Reduction(StrEnum):
     """How the scores of a solution's steps become one."""
@@ -21,9 +28,7 @@ def score(
     candidates: Annotated[
         Path, typer.Argument(metavar="CANDIDATES", help="Candidate file (.jsonl): questions with several solutions.")
     ],
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="Process reward model: folder of a run or of an exported model.")
-    ],
+    model: RewardModelOption,
     out: Annotated[
         Path,
         typer.Option("--out", "-o", help="File to write; scores are kept in OUT.parts, where a new start goes on."),
@@ -35,20 +40,12 @@ def score(
     outcome: Annotated[
         bool, typer.Option("--outcome", help="Judge whole solutions: the model is an outcome reward model.")
     ] = False,
-    system_prompt: Annotated[
-        str | None,
-        typer.Option(
-            help="System turn that the model was trained with; '': the chat template's own. By default that of "
-            "evovlm prm build, and of a published reward model its own."
-        ),
-    ] = None,
-    max_tiles: Annotated[
-        int | None, typer.Option(min=1, help="Most tiles of a question's images; by default as the model says.")
-    ] = None,
+    system_prompt: RewardSystemPromptOption = None,
+    max_tiles: MaxTilesOption = None,
     image_root: Annotated[
         Path | None, typer.Option(help="Where relative image paths begin; by default the candidate file's folder.")
     ] = None,
-    ranks: Annotated[int | None, typer.Option(min=1, help="Processes to start on this machine.")] = None,
+    ranks: RanksOption = None,
 ) -> None:
     """Score candidate solutions step by step with a process reward model.
 

@@ -4,13 +4,20 @@ Imports stand inside the functions: the command line's help pays for none of the
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from evovlm.launch.ranks import RankInfo, process_group
-from evovlm.launch.sampling import A_WEEK, Source, check_source, progress
+from evovlm.launch.ranks import RankInfo
+from evovlm.launch.sampling import (
+    SamplingOptions,
+    Source,
+    check_questions,
+    check_source,
+    listed_reasons,
+    sampling_ranks,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,36 +26,25 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(SamplingOptions):
     """What the command line says about sampling and pairing; see ``BuildSettings`` and ``Sampling``."""
 
     method: Literal["correctness", "dropout-ntp"]
     num_samples: int
-    temperature: float
-    top_k: int
-    top_p: float
-    max_new_tokens: int
-    prompt: str
-    verify: Sequence[str]
     max_pairs: int
     max_lines: int
-    limit: int | None
-    start: int
     start_ratio: float
     chosen_from: Path | None
-    system_prompt: str | None
-    seed: int
 
     def settings(self) -> "BuildSettings":
         """Turn them into settings; see there for the errors."""
         from evovlm.data.answers.prompts import PromptStyle
         from evovlm.data.answers.rules import parse_rules
-        from evovlm.engine.generation import Sampling
         from evovlm.engine.preference_settings import BuildSettings
 
         return BuildSettings(
             method=self.method,
-            sampling=Sampling(self.temperature, self.top_k, self.top_p, self.max_new_tokens, self.seed),
+            sampling=self.sampling,
             rules=parse_rules(self.verify),
             style=PromptStyle(self.prompt),
             num_samples=self.num_samples,
@@ -64,14 +60,7 @@ class Options:
 
 def check(meta: Path, options: Options, source: Source) -> None:
     """Raise a ``ValueError`` or ``FileNotFoundError`` for what is wrong with the options or the meta JSON."""
-    from evovlm.data.answers.rules import open_scorers
-    from evovlm.data.meta import load_meta
-
-    settings = options.settings()
-    names = [dataset.name for dataset in load_meta(meta).datasets]
-    settings.rules.check_datasets(names)
-    with open_scorers({settings.rules.of(name) for name in names}):
-        pass  # a package that a rule needs may be missing
+    check_questions(meta, options.settings().rules)
     check_source(source)
 
 
@@ -83,24 +72,12 @@ def build(meta: Path, out: Path, options: Options, source: Source, ranks: RankIn
     """
     from rich.console import Console
 
-    from evovlm.engine.generation import GenerationError
     from evovlm.engine.preference_build import build_preferences
 
-    console, started = Console(stderr=True), time.monotonic()
-    # Ranks end when their questions do: the first may have to wait for the last one for days.
-    with process_group(ranks, timeout=A_WEEK) as world, progress(console, show=world.is_main) as report:
-        try:
-            summary = build_preferences(
-                meta,
-                out,
-                options.settings(),
-                world,
-                source.opener(world.device),
-                model=source.name,
-                report=report,
-            )
-        except GenerationError as error:
-            raise ValueError(str(error)) from error
+    started = time.monotonic()
+    with sampling_ranks(ranks) as (world, report):
+        opener, told = source.opener(world.device), partial(report, "sampling")
+        summary = build_preferences(meta, out, options.settings(), world, opener, model=source.name, report=told)
     if ranks.rank == 0:
         _print(summary, out, time.monotonic() - started, Console())
 
@@ -123,10 +100,7 @@ def _print(summary: dict[str, Any], out: Path, seconds: float, console: "Console
         table.add_row(name, *shown, *(f"{counts[key]:,}" for key in columns.values()))
     console.print(table)
     pairs = f"{sum(summary['sets'].values()):,} pairs of {summary['samples']:,} answers in {seconds:.1f} s"
-    counted = {"left out": summary["left_out"], "questions skipped": summary["skipped"]}
-    for what, reasons in counted.items():
-        listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
-        pairs += f"; {what}: {listed}" if listed else ""
+    pairs += listed_reasons({"left out": summary["left_out"], "questions skipped": summary["skipped"]})
     console.print(pairs, highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"next: evovlm index {out / 'meta.json'} --kind preference", highlight=False, markup=False, soft_wrap=True

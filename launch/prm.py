@@ -4,13 +4,19 @@ Imports stand inside the functions: the command line's help pays for none of the
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evovlm.launch.ranks import RankInfo, process_group
-from evovlm.launch.sampling import A_WEEK, Source, check_source, phase_progress
+from evovlm.launch.ranks import RankInfo
+from evovlm.launch.sampling import (
+    SamplingOptions,
+    Source,
+    check_questions,
+    check_source,
+    listed_reasons,
+    sampling_ranks,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,39 +25,28 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(SamplingOptions):
     """What the command line says about solutions, rollouts and labels; see ``PrmSettings`` and ``Sampling``."""
 
     num_solutions: int | None
     num_rollouts: int
     max_steps: int
     early_stop: bool
-    temperature: float
-    top_k: int
-    top_p: float
-    max_new_tokens: int
-    prompt: str
-    verify: Sequence[str]
     mc_threshold: float
     until_first_error: bool
     outcome: bool
     prm_system_prompt: str | None
     solutions: Path | None
-    limit: int | None
-    start: int
-    system_prompt: str | None
-    seed: int
 
     def settings(self) -> "PrmSettings":
         """Turn them into settings; see there for the errors."""
         from evovlm.data.answers.prompts import PromptStyle
         from evovlm.data.answers.rules import parse_rules
         from evovlm.data.solution_steps import PRM_SYSTEM_PROMPT
-        from evovlm.engine.generation import Sampling
         from evovlm.engine.prm_settings import PrmSettings
 
         return PrmSettings(
-            sampling=Sampling(self.temperature, self.top_k, self.top_p, self.max_new_tokens, self.seed),
+            sampling=self.sampling,
             rules=parse_rules(self.verify),
             style=PromptStyle(self.prompt),
             num_solutions=self.num_solutions,
@@ -71,14 +66,7 @@ class Options:
 
 def check(meta: Path, options: Options, source: Source) -> None:
     """Raise a ``ValueError`` or ``FileNotFoundError`` for what is wrong with the options or the meta JSON."""
-    from evovlm.data.answers.rules import open_scorers
-    from evovlm.data.meta import load_meta
-
-    settings = options.settings()
-    names = [dataset.name for dataset in load_meta(meta).datasets]
-    settings.rules.check_datasets(names)
-    with open_scorers({settings.rules.of(name) for name in names}):
-        pass  # a package that a rule needs may be missing
+    check_questions(meta, options.settings().rules)
     check_source(source)
 
 
@@ -90,24 +78,12 @@ def build(meta: Path, out: Path, options: Options, source: Source, ranks: RankIn
     """
     from rich.console import Console
 
-    from evovlm.engine.generation import GenerationError
     from evovlm.engine.prm_build import build_prm
 
-    console, started = Console(stderr=True), time.monotonic()
-    # Ranks end when their questions do: the first may have to wait for the last one for days.
-    with process_group(ranks, timeout=A_WEEK) as world, phase_progress(console, show=world.is_main) as report:
-        try:
-            summary = build_prm(
-                meta,
-                out,
-                options.settings(),
-                world,
-                source.opener(world.device),
-                model=source.name,
-                report=report,
-            )
-        except GenerationError as error:
-            raise ValueError(str(error)) from error
+    started = time.monotonic()
+    with sampling_ranks(ranks) as (world, report):
+        opener = source.opener(world.device)
+        summary = build_prm(meta, out, options.settings(), world, opener, model=source.name, report=report)
     if ranks.rank == 0:
         _print(summary, out, time.monotonic() - started, Console())
 
@@ -130,10 +106,8 @@ def _print(summary: dict[str, Any], out: Path, seconds: float, console: "Console
     by_step = ", ".join(f"{row['step']}: {row['share_good']:.0%} of {row['steps']:,}" for row in summary["by_step"])
     lines = [f'"+" by step: {by_step}']
     made = f"{summary['conversations']:,} conversations of {summary['solutions']:,} solutions"
-    lines.append(f"{made}, {summary['rollouts']:,} rollouts, in {seconds:.1f} s")
-    for what, reasons in {"left out": summary["left_out"], "questions skipped": summary["skipped"]}.items():
-        listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
-        lines[-1] += f"; {what}: {listed}" if listed else ""
+    left = listed_reasons({"left out": summary["left_out"], "questions skipped": summary["skipped"]})
+    lines.append(f"{made}, {summary['rollouts']:,} rollouts, in {seconds:.1f} s{left}")
     if unusable := summary["unusable_lines"]["count"]:
         first = summary["unusable_lines"]["first"][0]
         lines.append(f"{unusable:,} lines of the candidate file cannot be used; the first: {first}")

@@ -37,7 +37,7 @@ from evovlm.models.table import TINY
 SYSTEM_PROMPT = "Look."
 """The published one has more tokens than a tiny model's whole answer."""
 PARTS = ("pretrain", "sft", "val", "test")
-BEFORE = {"sft": "pretrain", "mpo": "sft", "prm": "mpo"}
+BEFORE = {"sft": "pretrain", "mpo": "sft", "prm": "sft"}
 """Stage → whose export it starts from."""
 SHORT_SCALE = 0.05
 SHORT_STEPS = 12
@@ -108,7 +108,7 @@ class Quickstart:
                 f"--num-samples={SAMPLES}",
                 f"--max-pairs={MAX_PAIRS}",
                 "--temperature=1",
-                "--max-new-tokens=72",
+                "--max-new-tokens=32",
                 "--verify=exact",
                 f"--system-prompt={SYSTEM_PROMPT}",
                 f"--seed={self.seed}",
@@ -116,7 +116,7 @@ class Quickstart:
                 f"--method={'dropout-ntp' if self.short else 'correctness'}",
             ]
             if not (folder / "meta.json").is_file():
-                self._command(["preference", "build", str(self.out / "data" / f"{part}.json"), *words])
+                self._command(["preference", "build", str(self._questions(part, "digits", "words", "charts")), *words])
             self._index(folder / "meta.json", name, "preference")
 
     def labels(self) -> None:
@@ -125,15 +125,17 @@ class Quickstart:
             folder = self.out / "labels" / name
             words = [
                 f"--out={folder}",
-                f"--model={self.out / 'mpo'}",
+                f"--model={self.out / 'sft'}",
                 f"--limit={SHORT_QUESTIONS if self.short else SOLVED}",
                 f"--num-solutions={SOLUTIONS}",
                 f"--rollouts={ROLLOUTS}",
                 *self._solving,
                 f"--prm-system-prompt={PRM_SYSTEM_PROMPT}",
+                # Scores are given behind "+" alone: a small model that sees "-" in training would only repeat it.
+                "--until-first-error",
             ]
             if not (folder / "meta.json").is_file():
-                self._command(["prm", "build", str(self._in_steps(part)), *words])
+                self._command(["prm", "build", str(self._questions(part, "steps")), *words])
             self._index(self._with_checks(folder) if name == "prm" else folder / "meta.json", name, "conversations")
 
     def _with_checks(self, folder: Path) -> Path:
@@ -151,27 +153,28 @@ class Quickstart:
     def _solving(self) -> list[str]:
         """How solutions are sampled and checked."""
         return [
-            "--temperature=1",
-            "--max-new-tokens=72",
-            "--prompt=marked",
+            # The tuned model is sure of itself: at 1 most of its solutions are the same.
+            "--temperature=1.3",
+            "--max-new-tokens=32",
+            "--prompt=direct",
             "--verify=exact",
             f"--system-prompt={SYSTEM_PROMPT}",
             f"--seed={self.seed}",
         ]
 
-    def _in_steps(self, part: str) -> Path:
-        """Write a meta JSON of a part's task ``steps`` alone."""
-        path = self.out / "data" / f"{part}_steps.json"
+    def _questions(self, part: str, *tasks: str) -> Path:
+        """Write a meta JSON of some tasks of a part."""
+        path = self.out / "data" / f"{part}_{'_'.join(tasks)}.json"
         meta = json.loads((self.out / "data" / f"{part}.json").read_text())
-        path.write_text(json.dumps({"steps": meta["steps"]}, indent=2) + "\n")
+        path.write_text(json.dumps({task: meta[task] for task in tasks}, indent=2) + "\n")
         return path
 
     def select(self) -> None:
         """Solve held-out questions eight times each, and choose; measure how well steps are judged."""
         words = [
-            str(self._in_steps("test")),
+            str(self._questions("test", "steps")),
             f"--out={self.out / 'best_of_8'}",
-            f"--model={self.out / 'mpo'}",
+            f"--model={self.out / 'sft'}",
             f"--critic-model={self.out / 'prm'}",
             *(f"--critic={critic}" for critic in ("prm", "majority", "random")),
             f"--num={CANDIDATES}",

@@ -1,26 +1,56 @@
-"""What commands that sample from a model share: which generator, opened when it is needed, and progress.
+"""What commands that sample from a model share: how and which generator, opened when it is needed, and progress.
 
 --model, --backend, --url ─► Source ─► check_source   mistakes show before any rank starts
                                     ─► opener         one model in memory, opened for a tile cap
+META, --verify ─► check_questions                     likewise
+sampling_ranks ─► (world, report)                     a process group, and a bar for each phase
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from evovlm.launch.ranks import RankInfo, process_group
+
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from evovlm.engine.generation import Generator
+    from evovlm.data.answers.rules import Rules
+    from evovlm.data.meta import DatasetMeta
+    from evovlm.engine.generation import Generator, Sampling
+    from evovlm.parallel.world import World
 
 A_WEEK = 7 * 24 * 3600.0
 """Seconds that ranks wait for one another: they end when their questions do."""
 
 _SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """What the command line says about questions and how answers to them are drawn."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    max_new_tokens: int
+    prompt: str
+    verify: Sequence[str]
+    limit: int | None
+    start: int
+    system_prompt: str | None
+    seed: int
+
+    @property
+    def sampling(self) -> "Sampling":
+        """How answers are drawn; see there for the errors."""
+        from evovlm.engine.generation import Sampling
+
+        return Sampling(self.temperature, self.top_k, self.top_p, self.max_new_tokens, self.seed)
 
 
 @dataclass(frozen=True)
@@ -80,6 +110,49 @@ def check_source(source: Source) -> None:
         raise FileNotFoundError(f"there is no folder {source.model}: --model names a run or an exported model")
 
 
+def check_questions(meta: Path, rules: "Rules") -> "tuple[DatasetMeta, ...]":
+    """Read a meta JSON and see that its answers can be checked.
+
+    Returns:
+        Its datasets.
+
+    Raises:
+        ValueError: The meta JSON or a dataset of it cannot be used, or a rule is for a dataset that it does not have,
+            or needs a package that is missing.
+        FileNotFoundError: No such meta JSON.
+    """
+    from evovlm.data.answers.rules import open_scorers
+    from evovlm.data.meta import load_meta
+
+    datasets = load_meta(meta).datasets
+    rules.check_datasets(dataset.name for dataset in datasets)
+    with open_scorers({rules.of(dataset.name) for dataset in datasets}):
+        pass  # a package that a rule needs may be missing
+    return datasets
+
+
+@contextmanager
+def sampling_ranks(ranks: RankInfo) -> "Iterator[tuple[World, Callable[[str, int, int], None]]]":
+    """Join the other ranks, and give them with what reports progress (see ``phase_progress``).
+
+    Raises:
+        ValueError: For a ``GenerationError`` inside the block: what a generator cannot do is a user's mistake.
+    """
+    from rich.console import Console
+
+    from evovlm.engine.generation import GenerationError
+
+    console = Console(stderr=True)
+    with (
+        process_group(ranks, timeout=A_WEEK) as world,
+        phase_progress(console, show=world.is_main) as report,
+    ):
+        try:
+            yield world, report
+        except GenerationError as error:
+            raise ValueError(str(error)) from error
+
+
 @contextmanager
 def phase_progress(console: "Console", *, show: bool) -> Iterator[Callable[[str, int, int], None]]:
     """Give a callback that draws a bar for each phase on a terminal, and prints lines now and then where there is none.
@@ -114,11 +187,13 @@ def phase_progress(console: "Console", *, show: bool) -> Iterator[Callable[[str,
         yield draw
 
 
-@contextmanager
-def progress(console: "Console", *, show: bool) -> Iterator[Callable[[int, int], None]]:
-    """As ``phase_progress``, of sampling alone: the callback takes (questions done, questions in all)."""
-    with phase_progress(console, show=show) as report:
-        yield lambda done, total: report("sampling", done, total)
+def listed_reasons(groups: Mapping[str, Mapping[str, int]]) -> str:
+    """Return the end of a line that counts what was left out: ``; left out: 3 duplicates, 1 empty``, or nothing."""
+    text = ""
+    for what, reasons in groups.items():
+        listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
+        text += f"; {what}: {listed}" if listed else ""
+    return text
 
 
 class _Lines:

@@ -1,13 +1,13 @@
-"""Task `steps`: read two to eight digits, one more in each line, blank lines between them.
+"""Task `steps`: read two to eight digits, a line each, blank lines between them.
 
     ┌───┬───┐      "Read the digits one at a time."    7
     │ 7 │ 0 │
-    ├───┼───┤                                          70
+    ├───┼───┤                                          0
     │ 3 │ 4 │
-    └───┴───┘                                          703   …   Answer: 7034
+    └───┴───┘                                          3   …
 
-A solution is wrong from the first line that misreads a digit: what a process reward model has to see. Images are made
-as those of the task `digits`.
+A solution is wrong from the first line that misreads a digit: what a process reward model has to see. Its answer is all
+of it. Images are made as those of the task `digits`.
 
 `checks` are solutions with mistakes, each line answered by "+", or by the digit that belongs there: what a reward model
 of this size practises before it learns from signs alone, which tell it less.
@@ -34,8 +34,7 @@ _RIGHT = 0.6  # of their lines
 
 def solve(digits: Sequence[int]) -> str:
     """Write the solution."""
-    text = "".join(map(str, digits))
-    return SEPARATOR.join([*(text[: i + 1] for i in range(len(text))), f"Answer: {text}"])
+    return SEPARATOR.join(map(str, digits))
 
 
 def make(seed: int, split: Split, number: int) -> Sample:
@@ -53,7 +52,7 @@ def make(seed: int, split: Split, number: int) -> Sample:
 
 
 def make_checks(seed: int, split: Split, number: int, digits: Sequence[int]) -> list[tuple[Turn, ...]]:
-    """Make conversations in which lines of solutions of one sample are judged; no mistake is carried on.
+    """Make conversations in which lines of solutions of one sample are judged.
 
     Args:
         seed: As for :func:`make`.
@@ -68,7 +67,7 @@ def make_checks(seed: int, split: Split, number: int, digits: Sequence[int]) -> 
         for i, digit in enumerate(digits):
             right = draws.uniform(f"{i}/right") < _RIGHT
             said = digit if right else draws.choice(f"{i}/read", [other for other in range(10) if other != digit])
-            lines.append("".join(map(str, [*digits[:i], said])))
+            lines.append(str(said))
             answers.append(GOOD if right else str(digit))
         made.append(judged_turns(f"<image>\n{_QUESTION}", lines, answers, num_images=1, system=PRM_SYSTEM_PROMPT))
     return made

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from evovlm.data.build_index import IndexSettings, build_index
 from evovlm.data.tokenizer import Tokenizer
 from evovlm.engine.settings import RunSettings
 from evovlm.engine.trainer import train
@@ -17,8 +16,8 @@ from evovlm.models.config import InternVLConfig
 from evovlm.models.hf.save import save_pretrained
 from evovlm.parallel.fork import run_ranks
 
-from .small_data import MAX_TILES, MakeIndex, conversation, draw_shapes
-from .support import SMALL, TILE, TOKENS_PER_TILE, weights_of
+from .small_data import MAX_TILES, MakeIndex, conversation, draw_shapes, small_index
+from .support import SMALL, weights_of
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -60,18 +59,7 @@ def make_index(tiny_tokenizer_dir: Path) -> MakeIndex:
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             meta[name] = {"root": str(folder), "annotation": str(folder / f"{name}.jsonl"), "data_augment": True}
         (folder / "meta.json").write_text(json.dumps(meta))
-        report = build_index(
-            IndexSettings(
-                meta=folder / "meta.json",
-                tokenizer=tiny_tokenizer_dir,
-                out=folder / "index",
-                tile_size=TILE,
-                tokens_per_tile=TOKENS_PER_TILE,
-                max_tiles=MAX_TILES,
-                num_workers=1,
-                strict=True,
-            )
-        )
+        report = small_index(folder / "meta.json", tiny_tokenizer_dir, folder / "index")
         return report.path
 
     return make

@@ -7,6 +7,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from evovlm.data.build_index import IndexReport, IndexSettings, build_index
+
+from .support import TILE, TOKENS_PER_TILE
+
 MAX_TILES = 4
 
 MakeIndex = Callable[[Path, dict[str, list[dict[str, Any]]]], Path]
@@ -33,3 +37,20 @@ def draw_shapes(folder: Path, count: int) -> list[tuple[str, str]]:
         picture.save(folder / f"{number}.png")
         names.append((f"{number}.png", shape))
     return names
+
+
+def small_index(meta: Path, tokenizer: Path, out: Path, **settings: Any) -> IndexReport:
+    """Build an index for the small model; a line that cannot be used is an error."""
+    return build_index(
+        IndexSettings(
+            meta=meta,
+            tokenizer=tokenizer,
+            out=out,
+            tile_size=TILE,
+            tokens_per_tile=TOKENS_PER_TILE,
+            max_tiles=MAX_TILES,
+            num_workers=1,
+            strict=True,
+            **settings,
+        )
+    )

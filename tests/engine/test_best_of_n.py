@@ -20,8 +20,8 @@ from evovlm.engine.step_scores import GROUP, open_critic
 from evovlm.parallel.fork import RankFailedError, run_ranks
 from evovlm.parallel.world import World
 
+from .build_support import read, sums, write_meta
 from .fake_generator import FakeGenerator
-from .small_data import conversation, draw_shapes
 
 NUM = 4
 
@@ -29,19 +29,7 @@ NUM = 4
 @pytest.fixture
 def meta(tmp_path: Path) -> Path:
     """``sums``: 20 questions of text; ``shapes``: 4 of pictures, at most 2 tiles."""
-    sums = [
-        {"conversations": [{"from": "human", "value": f"{i}+1?"}, {"from": "gpt", "value": f"{i + 1}"}]}
-        for i in range(20)
-    ]
-    shapes = [conversation("Which shape?", shape, image=file) for file, shape in draw_shapes(tmp_path, 4)]
-    for name, lines in (("sums", sums), ("shapes", shapes)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    content = {
-        "sums": {"root": str(tmp_path), "annotation": "sums.jsonl"},
-        "shapes": {"root": str(tmp_path), "annotation": "shapes.jsonl", "max_dynamic_patch": 2},
-    }
-    (tmp_path / "meta.json").write_text(json.dumps(content))
-    return tmp_path / "meta.json"
+    return write_meta(tmp_path, sums(20), 4)
 
 
 def reply(request: Request, number: int) -> str:
@@ -143,10 +131,6 @@ def outputs(out: Path) -> dict[str, bytes]:
     """All files that do not depend on who wrote what."""
     files = [*out.glob("*.json*"), *(out / "scores").glob("*.jsonl")]
     return {file.name: file.read_bytes() for file in files}
-
-
-def read(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 PRM = {"prm": {"model": "critic", "outcome": False}}

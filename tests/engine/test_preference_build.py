@@ -1,7 +1,6 @@
 """Preference data from a scripted model: questions are shared out, runs go on where they ended, nothing gets lost."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import pytest
 
 from evovlm.data.answers.prompts import PromptStyle
 from evovlm.data.answers.rules import parse_rules
-from evovlm.data.build_index import IndexSettings, build_index
 from evovlm.data.index import Index
 from evovlm.engine.generation import Request, Sampling
 from evovlm.engine.preference_build import build_preferences
@@ -17,31 +15,15 @@ from evovlm.engine.preference_settings import BuildSettings
 from evovlm.parallel.fork import run_ranks
 from evovlm.parallel.world import World
 
+from .build_support import Builder, read, sums, write_meta
 from .fake_generator import FakeGenerator
-from .small_data import MAX_TILES, conversation, draw_shapes
-from .support import TILE, TOKENS_PER_TILE
-
-
-def sums(count: int) -> list[dict[str, Any]]:
-    """Text questions: number i asks for i plus one."""
-    return [
-        {"id": i, "conversations": [{"from": "human", "value": f"{i}+1?"}, {"from": "gpt", "value": str(i + 1)}]}
-        for i in range(count)
-    ]
+from .small_data import conversation, draw_shapes, small_index
 
 
 @pytest.fixture
 def meta(tmp_path: Path) -> Path:
     """``sums``: 9 questions of text; ``shapes``: 6 of pictures, at most 2 tiles, whose lines have a system turn."""
-    shapes = [conversation("Which shape?", shape, image=file) for file, shape in draw_shapes(tmp_path, 6)]
-    for name, lines in (("sums", sums(9)), ("shapes", shapes)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    content = {
-        "sums": {"root": str(tmp_path), "annotation": "sums.jsonl"},
-        "shapes": {"root": str(tmp_path), "annotation": "shapes.jsonl", "max_dynamic_patch": 2},
-    }
-    (tmp_path / "meta.json").write_text(json.dumps(content))
-    return tmp_path / "meta.json"
+    return write_meta(tmp_path, sums(9), 6)
 
 
 def reply(request: Request, number: int) -> str:
@@ -62,31 +44,7 @@ def settings(**changes: Any) -> BuildSettings:
     return BuildSettings(**{**base, "num_samples": 4, **changes})
 
 
-def build(
-    meta: Path,
-    out: Path,
-    wanted: BuildSettings | None = None,
-    *,
-    ranks: int = 1,
-    generator: Callable[[], FakeGenerator] | None = None,
-    reuse: bool = False,
-    model: str = "m",
-) -> tuple[dict[str, Any], list[list[Request]]]:
-    """Build on forked ranks; returns the summary and the requests that each rank's generator has answered."""
-
-    def job(world: World) -> tuple[dict[str, Any], list[Request]]:
-        fake = (generator or (lambda: FakeGenerator(reply)))()
-        summary = build_preferences(
-            meta, out, wanted or settings(), world, None if reuse else lambda _: fake, model=model
-        )
-        return summary, fake.requests
-
-    results = run_ranks(ranks, job)
-    return results[0][0], [requests for _, requests in results]
-
-
-def read(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
+build = Builder(build_preferences, settings, reply)
 
 
 def outputs(out: Path) -> dict[str, bytes]:
@@ -357,19 +315,7 @@ def test_dropout_of_pairs_and_of_an_earlier_build(meta: Path, tmp_path: Path) ->
 
 def test_what_comes_out_can_be_indexed(meta: Path, tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
     summary, _ = build(meta, tmp_path / "out")
-    report = build_index(
-        IndexSettings(
-            meta=tmp_path / "out" / "meta.json",
-            tokenizer=tiny_tokenizer_dir,
-            out=tmp_path / "index",
-            kind="preference",
-            tile_size=TILE,
-            tokens_per_tile=TOKENS_PER_TILE,
-            max_tiles=MAX_TILES,
-            num_workers=1,
-            strict=True,
-        )
-    )
+    report = small_index(tmp_path / "out" / "meta.json", tiny_tokenizer_dir, tmp_path / "index", kind="preference")
     index = Index.open(report.path)
     assert {info.name: info.count for info in index.meta.datasets} == summary["sets"]
     assert report.num_skipped == 0

@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from evovlm.data.build_index import IndexSettings, build_index
 from evovlm.engine.checkpoint import list_checkpoints, read_meta
 from evovlm.engine.engine import Engine
 from evovlm.engine.settings import RunSettings
@@ -21,8 +20,7 @@ from evovlm.engine.trainer import train
 from evovlm.parallel.fork import run_ranks
 from evovlm.parallel.world import World
 
-from .small_data import MAX_TILES, draw_shapes
-from .support import TILE, TOKENS_PER_TILE
+from .small_data import draw_shapes, small_index
 
 MakeSettings = Callable[..., RunSettings]
 MakeRun = Callable[..., RunSettings]
@@ -72,19 +70,10 @@ def pair_indexes(tiny_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFact
         (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         entry = {"root": str(folder), "annotation": str(folder / "pairs.jsonl")}
         (folder / "meta.json").write_text(json.dumps({"pairs": entry}))
-        settings = IndexSettings(
-            meta=folder / "meta.json",
-            tokenizer=tiny_tokenizer_dir,
-            out=folder / "index",
-            kind="preference",
-            tile_size=TILE,
-            tokens_per_tile=TOKENS_PER_TILE,
-            max_tiles=MAX_TILES,
-            system_prompt="Read.",
-            num_workers=1,
-            strict=True,
+        report = small_index(
+            folder / "meta.json", tiny_tokenizer_dir, folder / "index", kind="preference", system_prompt="Read."
         )
-        built[split] = build_index(settings).path
+        built[split] = report.path
     return built
 
 

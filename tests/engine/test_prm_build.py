@@ -1,7 +1,6 @@
 """Process reward data from a scripted model: steps get the share of right rollouts, builds go on where they ended."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import pytest
 
 from evovlm.data.answers.prompts import PromptStyle
 from evovlm.data.answers.rules import parse_rules
-from evovlm.data.build_index import IndexSettings, build_index
 from evovlm.data.index import Index
 from evovlm.data.solution_steps import PRM_SYSTEM_PROMPT
 from evovlm.engine.generation import Request, Sampling, open_generator
@@ -18,9 +16,9 @@ from evovlm.engine.prm_settings import PrmSettings
 from evovlm.parallel.fork import run_ranks
 from evovlm.parallel.world import World
 
+from .build_support import Builder, read, sums, write_meta
 from .fake_generator import FakeGenerator
-from .small_data import MAX_TILES, conversation, draw_shapes
-from .support import TILE, TOKENS_PER_TILE
+from .small_data import draw_shapes, small_index
 
 NUM_SUMS, NUM_SHAPES = 7, 4
 
@@ -28,19 +26,7 @@ NUM_SUMS, NUM_SHAPES = 7, 4
 @pytest.fixture
 def meta(tmp_path: Path) -> Path:
     """``sums``: questions of text, number i asks for i plus one; ``shapes``: pictures, at most 2 tiles."""
-    sums = [
-        {"conversations": [{"from": "human", "value": f"{i}+1?"}, {"from": "gpt", "value": f"Answer: {i + 1}"}]}
-        for i in range(NUM_SUMS)
-    ]
-    shapes = [conversation("Which shape?", shape, image=file) for file, shape in draw_shapes(tmp_path, NUM_SHAPES)]
-    for name, lines in (("sums", sums), ("shapes", shapes)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    content = {
-        "sums": {"root": str(tmp_path), "annotation": "sums.jsonl"},
-        "shapes": {"root": str(tmp_path), "annotation": "shapes.jsonl", "max_dynamic_patch": 2},
-    }
-    (tmp_path / "meta.json").write_text(json.dumps(content))
-    return tmp_path / "meta.json"
+    return write_meta(tmp_path, sums(NUM_SUMS, "Answer: {}"), NUM_SHAPES)
 
 
 def reply(request: Request, number: int) -> str:
@@ -73,29 +59,7 @@ def settings(**changes: Any) -> PrmSettings:
     return PrmSettings(**{**base, "num_rollouts": 4, **changes})
 
 
-def build(
-    meta: Path,
-    out: Path,
-    wanted: PrmSettings | None = None,
-    *,
-    ranks: int = 1,
-    generator: Callable[[], FakeGenerator] | None = None,
-    reuse: bool = False,
-    model: str = "m",
-) -> tuple[dict[str, Any], list[list[Request]]]:
-    """Build on forked ranks; returns the summary and the requests that each rank's generator has answered."""
-
-    def job(world: World) -> tuple[dict[str, Any], list[Request]]:
-        fake = (generator or (lambda: FakeGenerator(reply)))()
-        summary = build_prm(meta, out, wanted or settings(), world, None if reuse else lambda _: fake, model=model)
-        return summary, fake.requests
-
-    results = run_ranks(ranks, job)
-    return results[0][0], [requests for _, requests in results]
-
-
-def read(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
+build = Builder(build_prm, settings, reply)
 
 
 def outputs(out: Path) -> dict[str, bytes]:
@@ -174,18 +138,7 @@ def test_conversations_are_ready_for_training(meta: Path, tmp_path: Path, tiny_t
     shape = read(tmp_path / "out" / "shapes.jsonl")[0]
     assert shape["image"] == "0.png"
     assert shape["conversations"][1]["value"].startswith("### Question:\n<image>\nWhich shape?")
-    report = build_index(
-        IndexSettings(
-            meta=tmp_path / "out" / "meta.json",
-            tokenizer=tiny_tokenizer_dir,
-            out=tmp_path / "index",
-            tile_size=TILE,
-            tokens_per_tile=TOKENS_PER_TILE,
-            max_tiles=MAX_TILES,
-            num_workers=1,
-            strict=True,
-        )
-    )
+    report = small_index(tmp_path / "out" / "meta.json", tiny_tokenizer_dir, tmp_path / "index")
     index = Index.open(report.path)
     assert {info.name: info.count for info in index.meta.datasets} == summary["sets"] == {"sums": 21, "shapes": 4}
     assert json.loads((tmp_path / "out" / "meta.json").read_text())["shapes"]["max_dynamic_patch"] == 2
@@ -341,8 +294,8 @@ def test_solutions_of_a_candidate_file_are_labelled(meta: Path, tmp_path: Path) 
     assert summary["datasets"]["sums"]["solutions"] == 5 * NUM_SUMS
     assert summary["datasets"]["shapes"]["skipped"] == {"no candidates": NUM_SHAPES - 1}
     build(meta, tmp_path / "sampled")
-    sums = [outputs(tmp_path / name)["steps/sums.jsonl"] for name in ("out", "sampled")]
-    assert sums[0] == sums[1]  # the fifth one equals the first one
+    made = [outputs(tmp_path / name)["steps/sums.jsonl"] for name in ("out", "sampled")]
+    assert made[0] == made[1]  # the fifth one equals the first one
     build(meta, tmp_path / "shared", wanted, ranks=3)
     assert outputs(tmp_path / "shared") == outputs(tmp_path / "out")
     few, _ = build(meta, tmp_path / "few", settings(solutions=wanted.solutions, num_solutions=2))

@@ -31,25 +31,12 @@ from evovlm.launch.bench_mpo_report import best, check_agreement, expected_loss,
 from evovlm.launch.bench_mpo_switches import Switches, rearrange
 from evovlm.launch.cli import main
 from evovlm.models.internvl import InternVL
-from evovlm.models.table import TINY, num_parameters
+from evovlm.models.table import num_parameters
 from evovlm.parallel.layout import Layout, ParallelPlan
 from evovlm.parallel.world import World
 
-SMALL = replace(
-    TINY,
-    vision=replace(TINY.vision, hidden_size=16, num_layers=1, num_heads=2, ffn_size=32),
-    decoder=replace(
-        TINY.decoder,
-        hidden_size=24,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=12,
-        ffn_size=48,
-        tie_embeddings=True,
-    ),
-    max_tiles=12,
-)
+from .small_model import SMALL
+
 TASK = Task(model=SMALL, num_pairs=8, pack_tokens=320, shortest=4, longest=20, merges=400, lr=1e-2)
 TRL = importlib.util.find_spec("trl") is not None
 needs_trl = pytest.mark.skipif(not TRL, reason="TRL, the peer, is not installed")

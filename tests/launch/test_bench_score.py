@@ -17,25 +17,12 @@ from evovlm.launch.bench_score import BATCH, BATCH_TILES, CACHED, ONE, ONE_HEAD,
 from evovlm.launch.bench_score_ours import SWITCHES, Switches, _packs, render, switched_scores, timed_scores
 from evovlm.launch.bench_score_peer import Peer, Way
 from evovlm.launch.bench_score_task import Task, make_questions, write_critic
-from evovlm.models.table import TINY
 
-SMALL = replace(
-    TINY,
-    vision=replace(TINY.vision, hidden_size=16, num_layers=1, num_heads=2, ffn_size=32),
-    decoder=replace(
-        TINY.decoder,
-        hidden_size=24,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=12,
-        ffn_size=48,
-        initializer_range=0.3,
-        tie_embeddings=True,
-    ),
-    max_tiles=12,
-)
-TASK = Task(model=SMALL, num_questions=3, num_candidates=3, shortest=8, longest=30, merges=400)
+from .small_model import SMALL
+
+# Weights drawn this far apart make judgements differ.
+CRITIC = replace(SMALL, decoder=replace(SMALL.decoder, initializer_range=0.3))
+TASK = Task(model=CRITIC, num_questions=3, num_candidates=3, shortest=8, longest=30, merges=400)
 
 
 @pytest.fixture(autouse=True)

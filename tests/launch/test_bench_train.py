@@ -4,7 +4,6 @@ described; a rank that fails or is too slow is told of.
 
 import json
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -27,24 +26,11 @@ from evovlm.launch.bench_train_peers import Way
 from evovlm.launch.bench_train_report import Timed, check_losses, compare, table
 from evovlm.launch.bench_train_samples import SHRUNK, Task, load_steps, planner, step_samples, write_samples
 from evovlm.launch.bench_train_worlds import ForkedWorld, Turn, WorldError, WorldTimeoutError
-from evovlm.models.table import TINY, num_parameters, size
+from evovlm.models.table import num_parameters, size
 from evovlm.parallel.world import World
 
-SMALL = replace(
-    TINY,
-    vision=replace(TINY.vision, hidden_size=16, num_layers=1, num_heads=2, ffn_size=32),
-    decoder=replace(
-        TINY.decoder,
-        hidden_size=24,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=12,
-        ffn_size=48,
-        tie_embeddings=True,
-    ),
-    max_tiles=12,
-)
+from .small_model import SMALL
+
 TASK = Task(model=SMALL, num_samples=24, pack_tokens=192, longest=64, shortest=8, merges=400, lr=1e-2)
 EAGER = ("ddp-one-eager", "ddp-padded-eager", "fsdp2-one-eager", "fsdp2-padded-eager")
 

@@ -1,77 +1,32 @@
 """``evovlm preference build``: from the command line to files, with a server that answers by a script."""
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 
 from evovlm.data.answers.rules import RULES
 from evovlm.launch import cli
 
+from .scripted_server import scripted_server
 
-class Script(BaseHTTPRequestHandler):
-    """Adds one to the number in the question; every second choice is wrong. Continues an answer with "eleven"."""
+pytestmark = pytest.mark.usefixtures("no_process_group")
 
-    def do_GET(self) -> None:
-        self._send({"data": [{"id": "tiny"}]})
 
-    def do_POST(self) -> None:
-        body: dict[str, Any] = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        asked = [m["content"] for m in body["messages"] if m["role"] == "user"][-1]
-        number = int(asked.split("+")[0])
-        texts = [str(number + 1 if i % 2 == 0 else number + 2) for i in range(body["n"])]
-        if body["messages"][-1]["role"] == "assistant":
-            texts = [" eleven"]
-        choices = [
-            {"index": i, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-            for i, text in enumerate(texts)
-        ]
-        self._send({"choices": choices, "usage": {"completion_tokens": 2 * len(texts)}})
-
-    def _send(self, content: dict[str, Any]) -> None:
-        data = json.dumps(content).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
+def script(messages: list[dict[str, Any]], num: int) -> list[str]:
+    """Add one to the number in the question; every second choice is wrong. Continue an answer with "eleven"."""
+    if messages[-1]["role"] == "assistant":
+        return [" eleven"]
+    number = int(messages[-1]["content"].split("+")[0])
+    return [str(number + 1 if i % 2 == 0 else number + 2) for i in range(num)]
 
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Script)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/v1"
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-@pytest.fixture(autouse=True)
-def no_process_group() -> Iterator[None]:
-    """A command that fails leaves its process group to the end of its process, which does not come here."""
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-@pytest.fixture
-def meta(tmp_path: Path) -> Path:
-    lines = [
-        {"conversations": [{"from": "human", "value": f"{i}+1?"}, {"from": "gpt", "value": f"{i + 1}"}]}
-        for i in range(20, 26)
-    ]
-    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "meta.json").write_text(json.dumps({"sums": {"root": ".", "annotation": "sums.jsonl"}}))
-    return tmp_path / "meta.json"
+    with scripted_server(script) as address:
+        yield address
 
 
 def words(meta: Path, url: str, *more: str) -> list[str]:

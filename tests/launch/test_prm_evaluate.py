@@ -1,17 +1,17 @@
 """``evovlm prm evaluate``: from the command line to a table and a file."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 from evovlm.data.tokenizer import Tokenizer
 from evovlm.engine.equality import make_weights
 from evovlm.launch import cli
 from evovlm.models.config import DecoderConfig, InternVLConfig, VisionConfig
 from evovlm.models.hf.save import save_pretrained
+
+pytestmark = pytest.mark.usefixtures("no_process_group")
 
 ROWS = [
     {"question": "3 + 4?", "steps_with_score": [{"step": "7.", "score": 1.0}, {"step": "So 7", "score": 1.0}]},
@@ -23,14 +23,6 @@ ROWS = [
     },
     {"question": "1 + 4?", "response": "5."},
 ]
-
-
-@pytest.fixture(autouse=True)
-def no_process_group() -> Iterator[None]:
-    """A command that fails leaves its process group to the end of its process, which does not come here."""
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,10 @@
 """``evovlm score``: from the command line to the scored file, and one line for each mistake."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 from evovlm.data.candidates import CandidateSet, read_candidates
 from evovlm.data.tokenizer import Tokenizer
@@ -14,13 +12,7 @@ from evovlm.engine.equality import SMALL, make_weights
 from evovlm.launch import cli
 from evovlm.models.hf.save import save_pretrained
 
-
-@pytest.fixture(autouse=True)
-def no_process_group() -> Iterator[None]:
-    """A command that fails leaves its process group to the end of its process, which does not come here."""
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("no_process_group")
 
 
 @pytest.fixture(scope="module")
