@@ -1,4 +1,4 @@
-"""Task `steps`: read two to eight digits, a line each, blank lines between them.
+"""Task `steps`: read two to four digits, a line each, blank lines between them.
 
     ┌───┬───┐      "Read the digits one at a time."    7
     │ 7 │ 0 │
@@ -23,8 +23,8 @@ from evovlm.data.synthetic.draws import Draws
 from evovlm.data.synthetic.sample import Sample
 from evovlm.data.synthetic.sources import Split
 
-# (columns, rows, pixels of a cell), as in `digits`; cells of 28 pixels are a visual token each.
-_LAYOUTS = ((2, 1, 56), (3, 1, 56), (2, 2, 56), (2, 2, 28), (4, 2, 28), (2, 4, 28))
+# (columns, rows, pixels of a cell), as in `digits`.
+_LAYOUTS = ((2, 1, 56), (1, 2, 56), (3, 1, 56), (2, 2, 56), (2, 2, 28))
 _QUESTION = "Read the digits one at a time."
 PRM_SYSTEM_PROMPT = "Judge."
 """The usual one has more tokens than a tiny model's whole solution."""
