@@ -6,6 +6,7 @@
 Steps of all solutions are pooled (spec §5.2). A measure whose denominator is 0 is None, never 0 or 1.
 """
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -75,11 +76,10 @@ def step_quality(scores: Sequence[float], labels: Sequence[bool], threshold: flo
     said = [score > threshold for score in scores]
     right = sum(a == b for a, b in zip(said, labels, strict=True))
     good, bad = (_class_quality(said, labels, sign) for sign in (True, False))
-    defined = [quality.f1 for quality in (good, bad) if quality.f1 is not None]
     return StepQuality(
         steps=len(scores),
         accuracy=right / len(scores),
-        macro_f1=sum(defined) / len(defined),
+        macro_f1=macro_f1(good.f1, bad.f1),
         auc=_auc(scores, labels),
         good=good,
         bad=bad,
@@ -96,6 +96,17 @@ def best_constant(labels: Sequence[bool]) -> tuple[str, StepQuality]:
     return (GOOD if sign else BAD), step_quality([float(sign)] * len(labels), labels, 0.5)
 
 
+def f1(hits: float, wrong: float) -> float | None:
+    """Return the F1 of a sign: ``hits`` were found, ``wrong`` missed or said in vain; None if there is neither."""
+    return 2 * hits / (2 * hits + wrong) if hits + wrong else None
+
+
+def macro_f1(*of_signs: float | None) -> float:
+    """Return the mean of those that are defined; NaN if none is."""
+    defined = [value for value in of_signs if value is not None]
+    return sum(defined) / len(defined) if defined else math.nan
+
+
 def _class_quality(said: Sequence[bool], labels: Sequence[bool], sign: bool) -> ClassQuality:
     count, claimed = sum(label is sign for label in labels), sum(answer is sign for answer in said)
     hits = sum(a is sign and b is sign for a, b in zip(said, labels, strict=True))
@@ -104,7 +115,7 @@ def _class_quality(said: Sequence[bool], labels: Sequence[bool], sign: bool) -> 
         said=claimed,
         precision=hits / claimed if claimed else None,
         recall=hits / count if count else None,
-        f1=2 * hits / (count + claimed) if count + claimed else None,
+        f1=f1(hits, count + claimed - 2 * hits),
     )
 
 

@@ -5,13 +5,13 @@ hidden of rows whose target is "+" or "-" ─► log p("+"), log p("-") ─► w
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from evovlm.data.batch import MicroBatch
+from evovlm.data.step_metrics import f1, macro_f1
 from evovlm.engine.engine import Engine
 from evovlm.engine.losses import IGNORE, Logits, Targets, chunk_rows_of, chunks_of
 from evovlm.engine.objectives import CrossEntropy
@@ -93,13 +93,11 @@ class PRMSteps(SupervisedSteps):
         return Validation(loss / weight if weight else math.nan, tokens, judgement_metrics(counts))
 
 
-def judgement_metrics(counts: list[float]) -> dict[str, Any]:
+def judgement_metrics(counts: list[float]) -> dict[str, float]:
     """Turn counts (+ taken for +, + for -, - for +, - for -) into ``step_accuracy`` and ``macro_f1``."""
     good, missed, passed, bad = counts
-    total = sum(counts)
-    wrong = missed + passed
-    f1 = [2 * hits / (2 * hits + wrong) for hits in (good, bad) if hits + wrong]
+    total, wrong = sum(counts), missed + passed
     return {
         "step_accuracy": (good + bad) / total if total else math.nan,
-        "macro_f1": sum(f1) / len(f1) if f1 else math.nan,
+        "macro_f1": macro_f1(f1(good, wrong), f1(bad, wrong)),
     }

@@ -17,7 +17,6 @@ from evovlm.launch.sampling import A_WEEK, phase_progress
 if TYPE_CHECKING:
     from rich.console import Console
 
-_COUNTS = {"solutions": "solutions", "steps": "steps", "neutral": "neutral ones left out"}
 _SHOWN = 10  # lines that could not be used; --json lists all
 
 
