@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from evovlm.engine.build_folder import model_stamps
 from evovlm.models.hf.files import copy_tokenizer, token_ids, write_generation_config, write_json
 from evovlm.models.hf.load import load_config, read_state
 from evovlm.models.hf.names import EMBEDDING, LM_HEAD
@@ -74,8 +75,7 @@ def current_language_model(source: Path, out: Path) -> None:
         CheckpointError: See ``export_language_model``.
         ConfigError: See ``export_language_model``.
     """
-    files = sorted([*source.glob("*.safetensors"), source / "config.json"])
-    made_from = {"source": str(source.resolve())} | {file.name: _stamp(file) for file in files}
+    made_from = {"source": str(source.resolve())} | model_stamps(source)
     note = out / "made_from.json"
     if note.is_file():
         if json.loads(note.read_text()) == made_from:
@@ -83,11 +83,6 @@ def current_language_model(source: Path, out: Path) -> None:
         shutil.rmtree(out)
     export_language_model(source, out)
     write_json(note, made_from)
-
-
-def _stamp(file: Path) -> str:
-    state = file.stat()
-    return f"{state.st_size} bytes, {state.st_mtime_ns} ns"
 
 
 def _forget_processor_tokens(file: Path) -> None:

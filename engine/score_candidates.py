@@ -25,7 +25,7 @@ from evovlm.data.candidates import Candidate, CandidateSet, StepScore, read_cand
 from evovlm.data.errors import SampleError
 from evovlm.data.solution_steps import MAX_SCORED_STEPS
 from evovlm.engine.answer_store import AnswerStore, Record
-from evovlm.engine.build_folder import claim, write_json
+from evovlm.engine.build_folder import claim, model_stamps, write_json
 from evovlm.engine.open_model import is_run
 from evovlm.engine.runs import newest_checkpoint
 from evovlm.engine.step_scores import GROUP, Critic, open_critic, reduction_of, split_solution
@@ -66,7 +66,7 @@ class ScoreSettings:
     def identity(self) -> Record:
         """Return what the scores of a folder must have in common."""
         folder = Path(self.model).absolute()
-        checkpoint = newest_checkpoint(folder).name if is_run(folder) else None
+        checkpoint = newest_checkpoint(folder).name if is_run(folder) else model_stamps(folder)
         own = {name: value for name, value in asdict(self).items() if name != "reduction"}
         return {**own, "model": str(folder), "checkpoint": checkpoint}
 

@@ -1,6 +1,8 @@
 """Scored candidate files: the same for any number of ranks, after any cut, with every fault counted."""
 
 import json
+import os
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -163,6 +165,15 @@ def test_scores_of_another_critic_are_not_mixed(
     run(file, tmp_path / "scored.jsonl", settings_of(model_dir), Fake())
     with pytest.raises(ValueError, match=message):
         run(file, tmp_path / "scored.jsonl", settings_of(model_dir, **changes), Fake())
+
+
+def test_scores_of_an_export_that_was_replaced_are_not_mixed(file: Path, model_dir: Path, tmp_path: Path) -> None:
+    export = tmp_path / "export"
+    shutil.copytree(model_dir, export)
+    run(file, tmp_path / "scored.jsonl", settings_of(export), Fake())
+    os.utime(export / "config.json", ns=(1, 1))
+    with pytest.raises(ValueError, match="made with checkpoint"):
+        run(file, tmp_path / "scored.jsonl", settings_of(export), Fake())
 
 
 def test_a_run_is_named_with_its_checkpoint(finished_run: Path) -> None:
