@@ -31,17 +31,22 @@ Report = Callable[[int, int], None]
 
 @dataclass
 class _Tally:
-    """Scores and labels of a source's steps, neutral ones left out."""
+    """Scores and labels of a source's steps; neutral ones, and those that are not to count, are left out."""
 
     scores: list[float] = field(default_factory=list)
     labels: list[bool] = field(default_factory=list)
     solutions: int = 0
     neutral: int = 0
+    after_error: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
 
-    def add(self, solution: LabelledSolution, scores: Sequence[float]) -> None:
+    def add(self, solution: LabelledSolution, scores: Sequence[float], until_first_error: bool) -> None:
         self.solutions += 1
-        for score, label in zip(scores, solution.labels, strict=True):
+        counted = len(solution.labels)
+        if until_first_error and False in solution.labels:
+            counted = solution.labels.index(False) + 1
+        self.after_error += len(solution.labels) - counted
+        for score, label in zip(scores[:counted], solution.labels[:counted], strict=True):
             if label is None:
                 self.neutral += 1
             else:
@@ -53,10 +58,16 @@ class _Tally:
         self.labels += other.labels
         self.solutions += other.solutions
         self.neutral += other.neutral
+        self.after_error += other.after_error
         self.skipped += other.skipped
 
     def summary(self, threshold: float) -> dict[str, Any]:
-        counts = {"solutions": self.solutions, "neutral": self.neutral, "skipped": dict(sorted(self.skipped.items()))}
+        counts = {
+            "solutions": self.solutions,
+            "neutral": self.neutral,
+            "after_error": self.after_error,
+            "skipped": dict(sorted(self.skipped.items())),
+        }
         if not self.labels:
             return {**counts, "steps": 0}
         sign, constant = best_constant(self.labels)
@@ -71,6 +82,7 @@ def step_accuracy(
     *,
     threshold: float = OFFICIAL_THRESHOLD,
     mc_threshold: float = 0.0,
+    until_first_error: bool = False,
     image_root: Path | None = None,
     report: Report | None = None,
 ) -> dict[str, Any]:
@@ -82,13 +94,16 @@ def step_accuracy(
         world: The ranks; they need a process group.
         threshold: A step is said to be right iff its score is above this.
         mc_threshold: Steps of rollouts are right iff their share of right ones is above this.
+        until_first_error: Count a solution's steps up to its first wrong one: for a critic that was trained on such,
+            as a step is scored behind "+" alone, and what follows a wrong one is wrong by its history.
         image_root: Where relative image paths begin; None: each file's folder.
         report: Told how far this rank is.
 
     Returns:
-        ``{"threshold", "mc_threshold", "overall": {…}, "sources": {source: {…}}, "skipped_lines": […]}``; the same on
-        every rank. An inner object holds the counts ``solutions``, ``neutral``, ``skipped`` and ``steps`` and, where
-        there are steps, what :class:`evovlm.data.step_metrics.StepQuality` says and the ``best_constant`` answer.
+        ``{"threshold", "mc_threshold", "until_first_error", "overall": {…}, "sources": {source: {…}},
+        "skipped_lines": […]}``; the same on every rank. An inner object holds the counts ``solutions``, ``neutral``,
+        ``after_error`` (steps that did not count), ``skipped`` and ``steps`` and, where there are steps, what
+        :class:`evovlm.data.step_metrics.StepQuality` says and the ``best_constant`` answer.
 
     Raises:
         FileNotFoundError: No such file.
@@ -105,7 +120,7 @@ def step_accuracy(
     if not solutions:
         shown = f": {errors[0][1]}" if errors else ""
         raise ValueError(f"{', '.join(map(str, files))}: none of {len(errors)} lines is a labelled solution{shown}")
-    tallies, unjudged = _judge_share(solutions, open_with, world, report or (lambda *_: None))
+    tallies, unjudged = _judge_share(solutions, open_with, world, until_first_error, report or (lambda *_: None))
     if world.is_main:
         for source, error in errors:
             tallies.setdefault(source, _Tally()).skipped[error.reason] += 1
@@ -121,6 +136,7 @@ def step_accuracy(
     return {
         "threshold": threshold,
         "mc_threshold": mc_threshold,
+        "until_first_error": until_first_error,
         "overall": overall.summary(threshold),
         "sources": {source: tally.summary(threshold) for source, tally in sorted(by_source.items())},
         "skipped_lines": listed,
@@ -128,7 +144,11 @@ def step_accuracy(
 
 
 def _judge_share(
-    solutions: Sequence[LabelledSolution], open_with: Callable[[], Critic], world: World, report: Report
+    solutions: Sequence[LabelledSolution],
+    open_with: Callable[[], Critic],
+    world: World,
+    until_first_error: bool,
+    report: Report,
 ) -> tuple[dict[str, _Tally], list[str]]:
     """Judge this rank's questions; returns a tally by source, and the solutions that could not be judged."""
     groups = [list(group) for _, group in groupby(solutions, key=lambda found: (found.question, found.images))]
@@ -149,7 +169,7 @@ def _judge_share(
                 tally.skipped[found.reason] += 1
                 unjudged.append(f"{solution.name}: {found.detail}")
             else:
-                tally.add(solution, found.tolist())
+                tally.add(solution, found.tolist(), until_first_error)
         report(done, len(mine))
     return tallies, unjudged
 

@@ -164,6 +164,13 @@ def evaluate(
     mc_threshold: Annotated[
         float, typer.Option(help="A step of prm build is right if its share of right rollouts is above this.")
     ] = 0.0,
+    until_first_error: Annotated[
+        bool,
+        typer.Option(
+            "--until-first-error",
+            help="Count a solution's steps up to its first wrong one, as in what prm build writes with this option.",
+        ),
+    ] = False,
     system_prompt: RewardSystemPromptOption = None,
     max_tiles: MaxTilesOption = None,
     image_root: Annotated[
@@ -186,6 +193,7 @@ def evaluate(
         model=model,
         threshold=threshold,
         mc_threshold=mc_threshold,
+        until_first_error=until_first_error,
         system_prompt=system_prompt,
         max_tiles=max_tiles,
         image_root=image_root,

@@ -27,6 +27,7 @@ class Options:
     model: str
     threshold: float
     mc_threshold: float
+    until_first_error: bool
     system_prompt: str | None
     max_tiles: int | None
     image_root: Path | None
@@ -67,6 +68,7 @@ def evaluate(files: Sequence[Path], options: Options, json_file: Path | None, ra
             world,
             threshold=options.threshold,
             mc_threshold=options.mc_threshold,
+            until_first_error=options.until_first_error,
             image_root=options.image_root,
             report=partial(report, "judging"),
         )
@@ -121,6 +123,8 @@ def _print(result: dict[str, Any], model: str, seconds: float, console: "Console
     text = (
         f"{overall['solutions']:,} solutions, {overall['steps']:,} steps, {overall['neutral']:,} neutral ones left out"
     )
+    if result["until_first_error"]:
+        text += f", {overall['after_error']:,} behind a wrong one not counted"
     if overall["skipped"]:
         text += "; skipped: " + ", ".join(f"{count:,} {reason}" for reason, count in overall["skipped"].items())
     say(f"{text}; {seconds:.1f} s")

@@ -47,7 +47,7 @@ QUESTIONS, SAMPLES, MAX_PAIRS = 6000, 8, 4
 """Questions of each task, answers to each, and most pairs of one."""
 LABELS = {"prm": "sft", "prm_val": "val"}
 """Index of judged solutions → part of the data whose questions of the task ``steps`` they solve."""
-SOLVED, SOLUTIONS, ROLLOUTS = 1500, 4, 4
+SOLVED, SOLUTIONS, ROLLOUTS = 2000, 4, 8
 """Questions that are solved step by step, solutions of each, and continuations from the end of each step."""
 CANDIDATES = 8
 SHORT_QUESTIONS = 40
@@ -153,8 +153,10 @@ class Quickstart:
     def _solving(self) -> list[str]:
         """How solutions are sampled and checked."""
         return [
-            # The tuned model is sure of itself: at 1 most of its solutions are the same.
-            "--temperature=1.3",
+            # At 1 the tuned model is nearly always right, which leaves nothing to choose. So its five likeliest tokens,
+            # mostly digits that look alike, are drawn more evenly than it means them.
+            "--temperature=3",
+            "--top-k=5",
             "--max-new-tokens=32",
             "--prompt=direct",
             "--verify=exact",
@@ -187,6 +189,7 @@ class Quickstart:
             f"--model={self.out / 'prm'}",
             f"--system-prompt={PRM_SYSTEM_PROMPT}",
             "--threshold=0.5",
+            "--until-first-error",
             f"--json={self.step_scores}",
         ]
         self._command(["prm", "evaluate", str(judged), *words])

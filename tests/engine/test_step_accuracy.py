@@ -97,6 +97,27 @@ def test_ranks_share_the_questions(folder: Path, open_small: Callable[[], Critic
         assert sorted(found["skipped_lines"]) == sorted(one["skipped_lines"])
 
 
+def test_steps_behind_a_wrong_one_do_not_count_if_so_asked(folder: Path, open_small: Callable[[], Critic]) -> None:
+    def measure(world: Any, file: str, until_first_error: bool) -> dict[str, Any]:
+        found = step_accuracy(
+            [folder / file],
+            open_small,
+            world,
+            threshold=1e-9,
+            mc_threshold=0.3,
+            until_first_error=until_first_error,
+        )
+        return dict(found["overall"])
+
+    # Shares (1, 0.5), (0.25, 0, 0) and (1,): 4, 2 and 1 times; of the second only its first, wrong, step counts.
+    every, some = (run_ranks(1, lambda world, u=u: measure(world, "shapes.jsonl", u))[0] for u in (False, True))
+    assert (every["steps"], every["after_error"], every["accuracy"]) == (15, 0, pytest.approx(9 / 15))
+    assert (some["steps"], some["after_error"], some["accuracy"]) == (11, 4, pytest.approx(9 / 11))
+    # Labels (1, 0, 1), (1, 0, -1), (1, 0, 1): the neutral step is no error.
+    (people,) = run_ranks(1, lambda world: measure(world, "people.jsonl", True))
+    assert (people["steps"], people["neutral"], people["after_error"]) == (6, 3, 0)
+
+
 def test_lines_that_cannot_be_used_are_listed(folder: Path, open_small: Callable[[], Critic]) -> None:
     (found,) = run_ranks(1, lambda world: step_accuracy([folder / "broken.jsonl"], open_small, world))
     assert found["overall"]["skipped"] == {"image count": 1, "missing image": 1, "missing keys": 1}

@@ -65,6 +65,10 @@ def test_table_and_file(steps: Path, model: Path, capsys: pytest.CaptureFixture[
     assert found["overall"]["classes"]["+"]["recall"] == 1.0
     assert {name: source["steps"] for name, source in found["sources"].items()} == {"steps": 4, "sums": 1}
     assert (found["model"], found["files"], found["threshold"]) == (str(model), [str(steps)], 0.0)
+    assert cli.main([*words, "--until-first-error"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "3 solutions, 4 steps, 1 neutral ones left out, 1 behind a wrong one not counted; skipped" in printed
+    assert json.loads(out.read_text())["until_first_error"] is True
 
 
 @pytest.mark.parametrize(
