@@ -80,6 +80,12 @@ class RunData:
         """What is drawn from which step on, as checkpoints record it."""
         return make_schedule(self.phases, self.mixture, self.index.datasets)
 
+    @property
+    def system_prompt(self) -> str | None:
+        """System turn that the training index gave to conversations without one; None: that of ``data.chat``."""
+        found: str | None = self.index.meta.settings.get("system_prompt")
+        return found
+
     def _layout(self, microbatches: int) -> DataLayout:
         vit, llm = self.plan.vit, self.plan.llm
         node_encoders = self.settings.parallel.node_ranks // (self.world.size // vit.dp)

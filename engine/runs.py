@@ -2,7 +2,7 @@
 
 RUN/settings.json      every setting, resolved          RUN/checkpoints/step-…   see checkpoint.py
 RUN/environment.json   versions, git revision           RUN/export/              Hugging Face directory
-RUN/model.json         the model's shape                RUN/tokenizer/           copy of the tokenizer
+RUN/model.json         the model's shape                RUN/tokenizer/           the tokenizer, with the system turn
 """
 
 import json
@@ -21,6 +21,8 @@ from evovlm.engine.checkpoint import list_checkpoints
 from evovlm.engine.model_source import ModelSource
 from evovlm.engine.settings import RunSettings
 from evovlm.models.config import DecoderConfig, InternVLConfig, VisionConfig
+from evovlm.models.hf.chat_template import set_default_system
+from evovlm.models.hf.files import TOKENIZER_FILES
 from evovlm.models.hf.names import Format
 from evovlm.models.hf.save import save_pretrained
 from evovlm.models.internvl import InternVL
@@ -45,8 +47,14 @@ def environment() -> dict[str, str]:
     return found
 
 
-def start_run(settings: RunSettings, source: ModelSource) -> None:
-    """Write what defines a run into its directory."""
+def start_run(settings: RunSettings, source: ModelSource, system: str | None) -> None:
+    """Write what defines a run into its directory.
+
+    Args:
+        settings: Of the run.
+        source: Its model and tokenizer.
+        system: System turn of training conversations that bring none; None: that of ``data.chat``.
+    """
     run = settings.out
     run.mkdir(parents=True, exist_ok=True)
     _write_json(run / "settings.json", settings.model_dump(mode="json"))
@@ -54,13 +62,17 @@ def start_run(settings: RunSettings, source: ModelSource) -> None:
     _write_json(run / "model.json", asdict(source.config))
     target = run / "tokenizer"
     if not target.exists():
-        names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-        target.mkdir()
-        for file in names:
+        partial = run / "tokenizer.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        for file in (*TOKENIZER_FILES, "generation_config.json"):
             if (source.tokenizer_dir / file).is_file():
-                shutil.copy2(source.tokenizer_dir / file, target / file)
-        if not (target / "tokenizer.json").is_file():
-            write_tokenizer_json(source.tokenizer_dir, target)
+                shutil.copy2(source.tokenizer_dir / file, partial / file)
+        if not (partial / "tokenizer.json").is_file():
+            write_tokenizer_json(source.tokenizer_dir, partial)
+        if system is not None:
+            set_default_system(partial, system)
+        partial.rename(target)
 
 
 def read_settings(run: Path) -> RunSettings:

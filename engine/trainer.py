@@ -33,6 +33,7 @@ from evovlm.engine.schedule import changes_of_data, dataset_entries
 from evovlm.engine.score_prompts import sign_ids
 from evovlm.engine.settings import DTYPES, RunSettings
 from evovlm.engine.steps import Steps, SupervisedSteps
+from evovlm.models.config import InternVLConfig
 from evovlm.models.hf.names import Format
 from evovlm.models.hf.save import save_pretrained
 from evovlm.parallel.describe import describe_plan
@@ -77,7 +78,7 @@ def train(settings: RunSettings, world: World, resume: str = "none") -> Path:
         start = load_checkpoint(checkpoint, engine.pieces(), expected=_fixed(identity))
         steps.restore(saved)
     if world.is_main:
-        start_run(settings, source)
+        start_run(settings, source, data.system_prompt)
         data.cost_model.save(settings.out / "cost_model.json")
     world.barrier()
     with (
@@ -100,7 +101,7 @@ def train(settings: RunSettings, world: World, resume: str = "none") -> Path:
                 log.message(f"deleted {path}, which this run has left behind")
         finished = _Loop(settings, world, source, data, engine, steps, identity, log, stop).run(start)
         if finished and settings.export != "none":
-            export(engine, source, settings.out / "export", settings.export, settings.data.normalize)
+            export(engine, source.config, settings.out, settings.export, settings.data.normalize)
             log.message(f"exported to {settings.out / 'export'} ({settings.export} format)")
     return settings.out
 
@@ -111,16 +112,16 @@ def _supervised_steps(settings: RunSettings, source: ModelSource, engine: Engine
     return SupervisedSteps(engine)
 
 
-def export(engine: Engine, source: ModelSource, out: Path, format: Format, normalize: str) -> None:
-    """Write a Hugging Face directory; every rank takes part in gathering, the main one writes."""
+def export(engine: Engine, config: InternVLConfig, run: Path, format: Format, normalize: str) -> None:
+    """Write a run's Hugging Face directory; every rank takes part in gathering, the main one writes."""
     tensors = engine.named_full_tensors()
     if engine.world.is_main:
         save_pretrained(
-            source.config,
+            config,
             tensors,
-            out,
+            run / "export",
             format=format,
-            tokenizer_dir=source.tokenizer_dir,
+            tokenizer_dir=run / "tokenizer",
             normalize=normalize,
             overwrite=True,
         )

@@ -13,6 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from evovlm.models.config import InternVLConfig
+from evovlm.models.hf.chat_template import PLAIN_TEMPLATE, set_default_system
 from evovlm.models.hf.names import Format
 from evovlm.models.tokenizer_json import tokenizer_json, write_tokenizer_json
 
@@ -37,33 +38,6 @@ NORMALIZE = {
     "siglip": ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
 }
 """Mean and standard deviation of pixels in [0, 1], by the name of the normalisation (spec §1.7)."""
-
-# Images come as <IMG_CONTEXT>; the processor puts <img>, </img> and one token per visual token in its place.
-_CHAT_TEMPLATE = """\
-{%- if messages[0]['role'] != 'system' and system -%}
-{{- '<|im_start|>system\\n' + system + '<|im_end|>\\n' -}}
-{%- endif -%}
-{%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\\n' -}}
-{%- if message['content'] is string -%}
-{{- message['content'] -}}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'image' -%}
-{{- '<IMG_CONTEXT>\\n' -}}
-{%- elif part['type'] == 'video' -%}
-{{- '<video>\\n' -}}
-{%- elif part['type'] == 'text' -%}
-{{- part['text'] -}}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{- '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
 
 
 @dataclass(frozen=True)
@@ -127,7 +101,7 @@ def copy_tokenizer(source: str | Path, format: Format, out: Path, *, model_max_l
         format: Which published format; only transformers' processor looks for image tokens.
         out: Directory of the export.
         model_max_length: Written where the source states none.
-        system: System text that the chat template adds to a conversation without one.
+        system: System text that the chat template adds to a conversation without one; None: as the tokenizer has it.
     """
     source = Path(source)
     for name in TOKENIZER_FILES:
@@ -154,10 +128,9 @@ def copy_tokenizer(source: str | Path, format: Format, out: Path, *, model_max_l
         # A processor finds its template in this file only, and puts images where <IMG_CONTEXT> stands.
         template.write_text(own.replace("<image>", IMAGE_TOKENS["context_image_token"]))
     if not template.exists() and "chat_template" not in config:
-        # Set inside the template: transformers passes it no variables of ours.
-        template.write_text(
-            "{%- set system = " + json.dumps(system or "", ensure_ascii=False) + " -%}\n" + _CHAT_TEMPLATE
-        )
+        template.write_text(PLAIN_TEMPLATE)
+    if system is not None:
+        set_default_system(out, system)
 
 
 def write_generation_config(source: str | Path, out: Path, tokens: TokenIds) -> None:

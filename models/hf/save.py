@@ -56,7 +56,7 @@ def save_pretrained(
         max_shard_bytes: Largest shard file.
         dtype: Cast weights to this; by default each keeps its own.
         normalize: ``imagenet``, ``clip`` or ``siglip``: how tiles were normalised in training.
-        system: System text that the chat template adds, unless the tokenizer brings a template of its own.
+        system: System text that the chat template adds to a conversation without one; None: as the tokenizer has it.
         overwrite: Replace ``out_dir`` if it exists, after the new one is complete.
 
     Raises:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from evovlm.engine.checkpoint import list_checkpoints, read_meta
 from evovlm.engine.engine import Engine
+from evovlm.engine.runs import export_run
 from evovlm.engine.settings import RunSettings
 from evovlm.engine.trainer import train
 from evovlm.parallel.fork import run_ranks
@@ -265,6 +266,19 @@ def test_another_reference_model(story: dict[str, Any], runs: Path) -> None:
     assert "scores cannot be kept in" in story["no folder"]
     assert "reference.weights is" in story["other reference"]
     assert "stage.loss.beta is 0.1 there, 0.2 here" in story["other loss"]
+
+
+@pytest.mark.usefixtures("story")
+def test_exports_ask_as_training_did(runs: Path, tmp_path: Path) -> None:
+    """The index gave every pair a system turn: whoever serves the model learns it from the chat template."""
+    from transformers import AutoTokenizer
+
+    own = runs / "whole" / "export"
+    text = AutoTokenizer.from_pretrained(own).apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    assert text == "<|im_start|>system\nRead.<|im_end|>\n<|im_start|>user\n?<|im_end|>\n"
+    export_run(runs / "whole", tmp_path / "later", "transformers")
+    for name in ("chat_template.jinja", "tokenizer_config.json", "tokenizer.json", "generation_config.json"):
+        assert (own / name).read_bytes() == (tmp_path / "later" / name).read_bytes(), name
 
 
 def test_the_index_must_be_of_the_stage(story: dict[str, Any]) -> None:
