@@ -23,6 +23,7 @@ from evovlm.launch.cli_preference import preference_app
 from evovlm.launch.cli_prm import prm_app
 from evovlm.launch.cli_score import score
 from evovlm.launch.heap import restart_with_heap
+from evovlm.launch.orphans import end_with_starter
 from evovlm.launch.ranks import RankError, RankInfo, RunInterrupted, leave_error, start_ranks
 
 SETTINGS_WORDS = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -356,6 +357,8 @@ def as_rank(asked: int | None, default: int, words: Sequence[str]) -> RankInfo |
     me = RankInfo.from_environment()
     if me.launched and asked not in (None, me.world_size):
         raise ValueError(f"--ranks {asked}, but the launcher has started {me.world_size} ranks; leave --ranks out")
+    if me.launched:
+        end_with_starter()
     if me.launched or (asked or default) == 1:
         return me
     start_ranks(asked or default, words)

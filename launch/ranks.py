@@ -27,6 +27,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evovlm.launch.orphans import named_starter
+
 if TYPE_CHECKING:  # torch takes a second to import; the command line's help must not wait for it
     from evovlm.parallel.world import World
 
@@ -208,7 +210,8 @@ def start_ranks(num_ranks: int, arguments: Sequence[str]) -> None:
     )
     handlers = {number: signal.getsignal(number) for number in _AGENT_SIGNALS}
     try:
-        elastic_launch(config, sys.executable)("-m", "evovlm.launch", *arguments)
+        with named_starter():
+            elastic_launch(config, sys.executable)("-m", "evovlm.launch", *arguments)
     except ChildFailedError as error:
         raise _first_failure(error.failures, logs) from None
     except SignalException as error:
