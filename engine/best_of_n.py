@@ -10,26 +10,30 @@ A measurement that is started again goes on where it ended: candidates and score
 reductions need nothing new from a model.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from evovlm.data.answers.rules import open_scorers
-from evovlm.data.candidates import write_candidates
-from evovlm.data.meta import load_meta
-from evovlm.engine.answer_sampler import AnswerSampler, OpenGenerator, Report
+from evovlm.data.candidates import CandidateSet, write_candidates
+from evovlm.data.errors import SampleError
+from evovlm.data.meta import DatasetMeta, load_meta
+from evovlm.engine.answer_sampler import AnswerSampler, Asking, OpenGenerator, Report
 from evovlm.engine.answer_store import AnswerStore
-from evovlm.engine.best_of_n_candidates import CandidateFile
+from evovlm.engine.best_of_n_candidates import CandidateFile, stored
 from evovlm.engine.best_of_n_report import Merger
-from evovlm.engine.best_of_n_scores import OpenCritic, ScoreStore
 from evovlm.engine.best_of_n_settings import BestOfNSettings
 from evovlm.engine.build_folder import claim
+from evovlm.engine.score_store import RewardModel, ScoreShare, ScoreStore, score_shares
 from evovlm.parallel.world import World
 
 CANDIDATES = "candidates.jsonl"
 
+OpenCritic = Callable[[str, int | None], RewardModel]
+"""Called as (``prm`` or ``orm``, a dataset's tile cap) when there is something to score for it."""
 ReportPhase = Callable[[str, int, int], None]
 """Called as (what is done, questions done, questions in all), both of this rank's share."""
 
@@ -90,7 +94,7 @@ def best_of_n(
         scorers = stack.enter_context(open_scorers({settings.rules.of(dataset.name) for dataset in datasets}))
         samples = stack.enter_context(AnswerStore(out / "samples", world.rank))
         stores = {name: stack.enter_context(AnswerStore(out / "scores" / name, world.rank)) for name in reward_models}
-        scores = {name: ScoreStore(name, store, reward_models[name]) for name, store in stores.items()}
+        scores = {name: ScoreStore(store, reward_models[name]) for name, store in stores.items()}
         world.barrier()  # a rank cuts a torn line off its file: not while others read it
         report_share = _phase(report, "candidates")
         sampler = AnswerSampler(asking, samples, scorers, open_generator, report_share, share)
@@ -105,7 +109,14 @@ def best_of_n(
             write_candidates(out / CANDIDATES, merged.sets(datasets))
         for name, store in scores.items():
             assert open_critic is not None
-            store.score(in_order, asking, samples, open_critic, _phase(report, name), world.rank, world.size)
+            shares = [
+                (
+                    ScoreShare(partial(_with_candidates, dataset, asking, samples), store, world.rank, world.size),
+                    partial(open_critic, name, dataset.max_tiles),
+                )
+                for dataset in in_order
+            ]
+            score_shares(shares, _phase(report, name))
         world.barrier()
         summary: dict[str, Any] = {}
         if world.is_main:
@@ -140,6 +151,10 @@ def check_rewards(settings: BestOfNSettings, with_model: Collection[str], file: 
         )
     if len(without) > 1:
         raise ValueError(f"the rewards in {file.path} are of one critic, not of {' and '.join(without)}")
+
+
+def _with_candidates(dataset: DatasetMeta, asking: Asking, samples: AnswerStore) -> Iterator[CandidateSet]:
+    return (found[1] for found in stored(dataset, asking, samples) if not isinstance(found, SampleError))
 
 
 def _phase(report: ReportPhase | None, name: str) -> Report:

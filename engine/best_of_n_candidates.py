@@ -5,7 +5,6 @@ AnswerSampler ──────────────────────
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from evovlm.data.answers.prompts import ask, true_answer
@@ -97,12 +96,6 @@ def candidate_set(question: Question, dataset: DatasetMeta, record: Record) -> C
     candidates = tuple(candidate_from_json(answer, question.name) for answer in record["answers"])
     images = tuple(dataset.root / image for image in question.images)
     return CandidateSet(question.name, record["question"], images, candidates, question.truth, question.system)
-
-
-def bare(made: CandidateSet) -> CandidateSet:
-    """Leave out what a critic has made of the candidates."""
-    candidates = (replace(candidate, steps=None, reward=None, unscored=None) for candidate in made.candidates)
-    return replace(made, candidates=tuple(candidates))
 
 
 def stored(

@@ -24,9 +24,9 @@ from evovlm.data.selection import equality, same_answers, sizes
 from evovlm.data.selection_table import Judged, choose, row, table
 from evovlm.engine.answer_store import AnswerStore
 from evovlm.engine.best_of_n_candidates import stored
-from evovlm.engine.best_of_n_scores import ScoreStore
 from evovlm.engine.best_of_n_settings import BestOfNSettings
 from evovlm.engine.build_folder import write_json
+from evovlm.engine.score_store import ScoreStore
 from evovlm.engine.step_scores import reduction_of
 
 _LISTED = 20

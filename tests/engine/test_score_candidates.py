@@ -217,6 +217,6 @@ def test_progress_counts_this_ranks_questions(file: Path, model_dir: Path, tmp_p
         return told
 
     first, second = run_ranks(2, job)
-    assert first == [(i + 1, GROUP + 5) for i in range(GROUP + 5)]
-    assert second == [(i + 1, GROUP) for i in range(GROUP)]
+    assert first == [(i, GROUP + 5) for i in range(GROUP + 6)]
+    assert second == [(i, GROUP) for i in range(GROUP + 1)]
     assert isinstance(open_critic(model_dir), Critic)
