@@ -196,7 +196,8 @@ def fit_model(measurements: Measurements, *, machine: str, about: dict[str, str]
         about: What else the numbers belong to.
 
     Raises:
-        ValueError: Too few cases of a module were measured; the message says what was left out and why.
+        ValueError: Too few cases of a module were measured; the message says what was left out and why. Or times do
+            not grow with the packs.
     """
     parts: dict[str, dict[str, float]] = {}
     fits: dict[Module, Fit] = {}
@@ -222,6 +223,11 @@ def fit_model(measurements: Measurements, *, machine: str, about: dict[str, str]
             held_out=len(held_out),
             held_out_error=float(checked.max()) if len(checked) else None,
             spread=statistics.median(m.spread for m in mine),
+        )
+    if not parts["llm"]["per_token"] and not parts["llm"]["per_square"]:
+        raise ValueError(
+            "llm: the measured times do not grow with the packs, so no plan can be made from them: something else was "
+            "using the machine, or the packs are too small to tell; calibrate again, with larger data.pack_tokens"
         )
     return CostModel(
         source="calibrated",

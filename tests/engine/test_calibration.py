@@ -87,6 +87,14 @@ def test_held_out_cases_take_no_part() -> None:
     assert model.fits["llm"].held_out_error == pytest.approx(0.5)  # half of twice the time
 
 
+def test_times_that_do_not_grow_are_no_cost_model() -> None:
+    clock = Clock()
+    found = measure(clock.cases(), max_seconds=1e9, clock=clock)
+    same = [replace(one, seconds=(0.5,)) if one.case.module == "llm" else one for one in found.measured]
+    with pytest.raises(ValueError, match="llm: the measured times do not grow with the packs"):
+        fit_model(replace(found, measured=same), machine="", about={})
+
+
 def test_the_median_of_the_rounds_counts() -> None:
     clock = Clock()
     durations = iter([100.0, 1.0, 9.0, 2.0, 3.0, 1.0])  # the first is the warm-up
