@@ -34,7 +34,7 @@ class Asking:
         rules: Which rule checks which dataset's answers.
         style: How a question asks for a checkable answer.
         num: Answers to each question.
-        system_prompt: System turn of questions that bring none; None: the template's own.
+        system_prompt: System turn of questions that bring none; None: the one that the model was trained with.
         limit: Most lines of each dataset; None: all.
         start: First line of each dataset, from 0.
     """

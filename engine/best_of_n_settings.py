@@ -26,7 +26,7 @@ class BestOfNSettings:
         critics: Who chooses.
         style: How a question asks for a checkable answer.
         num: N, candidates to each question; of a candidate file the first so many.
-        system_prompt: System turn of questions that bring none; None: the template's own.
+        system_prompt: System turn of questions that bring none; None: the one that the model was trained with.
         reduction: How the scores of steps become a reward; None: the mean, or what a candidate file has.
         limit: Most lines of each dataset; None: all.
         start: First line of each dataset, from 0.

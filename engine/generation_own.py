@@ -50,7 +50,7 @@ class OwnGenerator:
             checkpoint: ``newest``, or a checkpoint directory.
             device: The CPU by default.
             dtype: By default float32 on a CPU, elsewhere what the run computed in.
-            system_prompt: System turn of requests that bring none; None: the template's own.
+            system_prompt: System turn of requests that bring none; None: the one that the model was trained with.
             max_tiles: Most tiles of a request's images; None: as the model's configuration says.
             batching: How much is decoded at a time.
 

@@ -46,7 +46,7 @@ class PromptMaker:
         config: The model's shape: tile size, tokens of a tile, and how images are tiled.
         v2pe: Visual strides; ``random`` is not allowed here.
         normalize: How pixels are normalised.
-        system_prompt: System turn of requests that bring none; None: the template's own.
+        system_prompt: System turn of requests that bring none; None: that of ``data.chat``.
         max_tiles: Most tiles of a request's images; None: as the model's configuration says.
 
     Raises:

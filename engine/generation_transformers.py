@@ -18,6 +18,7 @@ from evovlm.data.tokenizer import Tokenizer
 from evovlm.engine.generation import Completion, GenerationError, Request, Sampling
 from evovlm.engine.generation_prompts import PromptMaker, in_order
 from evovlm.engine.open_model import published_normalization
+from evovlm.models.hf.chat_template import default_system
 from evovlm.models.hf.load import detect, load_config
 
 _THREADS, _AHEAD = 2, 2
@@ -55,7 +56,7 @@ class TransformersGenerator:
             directory: Hugging Face directory with configuration, safetensors and tokenizer.
             device: The CPU by default.
             dtype: By default float32 on a CPU, elsewhere as the weights are stored.
-            system_prompt: System turn of requests that bring none; None: the template's own.
+            system_prompt: System turn of requests that bring none; None: the one that the model was trained with.
             max_tiles: Most tiles of a request's images; None: as the model's configuration says.
 
         Raises:
@@ -76,7 +77,7 @@ class TransformersGenerator:
             Tokenizer.load(directory),
             load_config(directory),
             normalize=published_normalization(directory),
-            system_prompt=system_prompt,
+            system_prompt=default_system(directory) if system_prompt is None else system_prompt,
             max_tiles=max_tiles,
         )
         model = InternVLForConditionalGeneration.from_pretrained(

@@ -18,6 +18,7 @@ from evovlm.engine.evaluate import answer_v2pe
 from evovlm.engine.generation_prompts import PromptMaker
 from evovlm.engine.runs import load_model, read_settings
 from evovlm.engine.settings import DTYPES
+from evovlm.models.hf.chat_template import default_system
 from evovlm.models.hf.load import load_config, read_state
 from evovlm.models.internvl import InternVL
 
@@ -58,7 +59,7 @@ def open_run(
         device: The CPU by default.
         dtype: By default float32 on a CPU, elsewhere what the run computed in.
         v2pe: Visual stride; None: that of the run, 1/4 where it drew strides at random.
-        system_prompt: System turn of conversations without one; None: the template's own.
+        system_prompt: System turn of conversations without one; None: the one that it was trained with.
         max_tiles: Most tiles of a conversation's images; None: as the model's configuration says.
 
     Raises:
@@ -75,7 +76,7 @@ def open_run(
         model.config,
         v2pe=v2pe or answer_v2pe(settings.stage.v2pe),
         normalize=settings.data.normalize,
-        system_prompt=system_prompt,
+        system_prompt=default_system(run / "tokenizer") if system_prompt is None else system_prompt,
         max_tiles=max_tiles,
     )
     return OpenModel(model.to(dtype or torch.float32).eval(), prompts)
@@ -112,7 +113,7 @@ def open_dir(
         load_config(directory),
         v2pe=v2pe,
         normalize=published_normalization(directory),
-        system_prompt=system_prompt,
+        system_prompt=default_system(directory) if system_prompt is None else system_prompt,
         max_tiles=max_tiles,
     )
     weights = read_state(directory, prompts.config)

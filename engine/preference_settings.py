@@ -29,7 +29,7 @@ class BuildSettings:
         max_lines: Most pairs in all; more are thinned out at random.
         start_ratio: Share of the chosen answer's words that is kept (DropoutNTP).
         chosen_from: Folder of an earlier build whose correct answers are continued (DropoutNTP); None: the data's own.
-        system_prompt: System turn of questions that bring none; None: the template's own.
+        system_prompt: System turn of questions that bring none; None: the one that the model was trained with.
         limit: Most lines of each dataset; None: all.
         start: First line of each dataset, from 0.
 

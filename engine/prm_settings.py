@@ -33,7 +33,7 @@ class PrmSettings:
             rolled out.
         prm_system_prompt: System turn of the conversations; None: the chat template's own.
         solutions: A candidate file whose solutions are labelled; None: they are sampled.
-        system_prompt: System turn of questions that bring none, for the policy; None: the template's own.
+        system_prompt: System turn of questions that bring none, for the policy; None: the one it was trained with.
         limit: Most lines of each dataset; None: all.
         start: First line of each dataset, from 0.
 

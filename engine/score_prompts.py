@@ -97,14 +97,15 @@ class JudgedPrompts:
 
     Args:
         prompts: Of its model.
-        system_prompt: System turn; None: the chat template's own.
+        system_prompt: System turn; None: that of ``prompts``.
 
     Raises:
         ValueError: Its vocabulary is not that of a critic.
     """
 
     def __init__(self, prompts: PromptMaker, system_prompt: str | None) -> None:
-        self.prompts, self.system_prompt = prompts, system_prompt
+        self.prompts = prompts
+        self.system_prompt = prompts.system_prompt if system_prompt is None else system_prompt
         self.signs = sign_ids(prompts.tokenizer)
 
     def render(

@@ -61,7 +61,7 @@ VerifyOption = Annotated[
 LimitOption = Annotated[int, typer.Option(min=0, help="Lines to read of each dataset; 0: all.")]
 StartOption = Annotated[int, typer.Option(min=0, help="Lines of each dataset to pass over first.")]
 SystemPromptOption = Annotated[
-    str | None, typer.Option(help="System turn of questions without one; by default the chat template's own.")
+    str | None, typer.Option(help="System turn of questions without one; by default what the model was trained with.")
 ]
 RanksOption = Annotated[int | None, typer.Option(min=1, help="Processes to start on this machine.")]
 BackendOption = Annotated[Backend, typer.Option(help="What generates.")]

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 _MARK = "{#- default system turn -#}"
+_CONTENT = "{%- if messages[0]['role'] != 'system' -%}{%- set messages = [{'role': 'system', 'content': "
+_REST = "}] + messages -%}{%- endif -%}"
 
 # Images come as <IMG_CONTEXT>; the processor puts <img>, </img> and one token per visual token in its place.
 PLAIN_TEMPLATE = """\
@@ -47,15 +49,24 @@ def with_default_system(template: str, system: str) -> str:
     """
     if template.startswith(_MARK):
         template = template.split(_MARK, 2)[2]
-    turn = "{'role': 'system', 'content': " + json.dumps(system, ensure_ascii=False) + "}"
-    return (
-        _MARK
-        + "{%- if messages[0]['role'] != 'system' -%}{%- set messages = ["
-        + turn
-        + "] + messages -%}{%- endif -%}"
-        + _MARK
-        + template
-    )
+    return _MARK + _CONTENT + json.dumps(system, ensure_ascii=False) + _REST + _MARK + template
+
+
+def default_system(directory: Path) -> str | None:
+    """Read the turn that :func:`set_default_system` wrote; None if a directory's template is not of its making."""
+    config_file, file = directory / "tokenizer_config.json", directory / "chat_template.jinja"
+    template: Any = None
+    if file.is_file():
+        template = file.read_text(encoding="utf-8")
+    elif config_file.is_file():
+        template = json.loads(config_file.read_text(encoding="utf-8")).get("chat_template")
+    if isinstance(template, list):
+        template = next((each["template"] for each in template if each["name"] == "default"), None)
+    if not isinstance(template, str) or not template.startswith(_MARK):
+        return None
+    turn = template.split(_MARK, 2)[1].partition(_CONTENT)[2].rpartition(_REST)[0]
+    found: str = json.loads(turn)
+    return found
 
 
 def set_default_system(directory: Path, system: str) -> None:

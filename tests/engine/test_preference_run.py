@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from evovlm.engine.checkpoint import list_checkpoints, read_meta
 from evovlm.engine.engine import Engine
+from evovlm.engine.open_model import open_dir, open_run
 from evovlm.engine.runs import export_run
 from evovlm.engine.settings import RunSettings
 from evovlm.engine.trainer import train
@@ -276,6 +277,9 @@ def test_exports_ask_as_training_did(runs: Path, tmp_path: Path) -> None:
     own = runs / "whole" / "export"
     text = AutoTokenizer.from_pretrained(own).apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
     assert text == "<|im_start|>system\nRead.<|im_end|>\n<|im_start|>user\n?<|im_end|>\n"
+    assert open_run(runs / "whole").prompts.system_prompt == "Read."
+    assert open_dir(own).prompts.system_prompt == "Read."
+    assert open_dir(own, system_prompt="Look.").prompts.system_prompt == "Look."
     export_run(runs / "whole", tmp_path / "later", "transformers")
     for name in ("chat_template.jinja", "tokenizer_config.json", "tokenizer.json", "generation_config.json"):
         assert (own / name).read_bytes() == (tmp_path / "later" / name).read_bytes(), name

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from evovlm.data.tokenizer_training import CHAT_TEMPLATE
-from evovlm.models.hf.chat_template import PLAIN_TEMPLATE, set_default_system, with_default_system
+from evovlm.models.hf.chat_template import PLAIN_TEMPLATE, default_system, set_default_system, with_default_system
 
 ASKED = [{"role": "user", "content": "Two cats?"}]
 TOLD = [{"role": "system", "content": "Be brief."}, *ASKED]
@@ -45,11 +45,13 @@ def write(directory: Path, template: object) -> None:
 @pytest.mark.parametrize("system", ['Say "no"\nor {{ yes }}.', "看图。", ""])
 def test_it_is_as_if_the_conversation_had_brought_it(directory: Path, template: str, system: str) -> None:
     write(directory, template)
+    assert default_system(directory) is None
     wanted, own = render(directory, [{"role": "system", "content": system}, *ASKED]), render(directory, TOLD)
     set_default_system(directory, "An earlier one.")
     set_default_system(directory, system)
     assert render(directory, ASKED) == wanted
     assert render(directory, TOLD) == own
+    assert default_system(directory) == system
 
 
 def test_an_earlier_turn_is_replaced_not_kept() -> None:
@@ -62,6 +64,7 @@ def test_a_file_of_its_own_and_named_templates(directory: Path) -> None:
     assert render(directory, ASKED) == "Look.|Two cats?"
     assert render(directory, ASKED, "other") == "other|Look.|Two cats?"
     assert not (directory / "chat_template.jinja").exists()
+    assert default_system(directory) == "Look."
     write(directory, QWEN)
     (directory / "chat_template.jinja").write_text("file|" + QWEN)
     set_default_system(directory, "Look.")
@@ -70,7 +73,9 @@ def test_a_file_of_its_own_and_named_templates(directory: Path) -> None:
 
 def test_one_is_written_where_there_is_none(directory: Path) -> None:
     (directory / "tokenizer_config.json").unlink(missing_ok=True)
+    assert default_system(directory) is None
     set_default_system(directory, "Look.")
+    assert default_system(directory) == "Look."
     assert not (directory / "tokenizer_config.json").exists()
     (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     assert render(directory, ASKED) == "<|im_start|>system\nLook.<|im_end|>\n<|im_start|>user\nTwo cats?<|im_end|>\n"
