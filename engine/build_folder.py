@@ -60,13 +60,6 @@ def meta_entry(dataset: DatasetMeta, name: str, length: int) -> dict[str, Any]:
     return entry if dataset.max_tiles is None else {**entry, "max_dynamic_patch": dataset.max_tiles}
 
 
-def model_stamps(directory: Path) -> dict[str, str]:
-    """Return size and time of an exported model's configuration and weights, by file: another export has others."""
-    files = sorted([*directory.glob("*.safetensors"), *directory.glob("config.json")])
-    states = {file.name: file.stat() for file in files}
-    return {name: f"{state.st_size} bytes, {state.st_mtime_ns} ns" for name, state in states.items()}
-
-
 def free_name(name: str, taken: Collection[str]) -> str:
     """Make a dataset's name one of a file that no other dataset has."""
     name = re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "dataset"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from evovlm.engine.build_folder import model_stamps
+from evovlm.engine.model_fingerprint import model_fingerprint
 from evovlm.models.hf.files import copy_tokenizer, token_ids, write_generation_config, write_json
 from evovlm.models.hf.load import load_config, read_state
 from evovlm.models.hf.names import EMBEDDING, LM_HEAD
@@ -68,21 +68,26 @@ def current_language_model(source: Path, out: Path) -> None:
 
     Args:
         source: See ``export_language_model``.
-        out: Directory; ``made_from.json`` in it says by which files it was made.
+        out: Directory; ``made_from.json`` in it says from which weights it was made.
 
     Raises:
         FileExistsError: ``out`` is there, but was not made by this function.
         CheckpointError: See ``export_language_model``.
         ConfigError: See ``export_language_model``.
     """
-    made_from = {"source": str(source.resolve())} | model_stamps(source)
+    made_from = {"source": str(source.resolve()), "fingerprint": model_fingerprint(source)}
     note = out / "made_from.json"
-    if note.is_file():
-        if json.loads(note.read_text()) == made_from:
-            return
+    if note.is_file() and json.loads(note.read_text()) == made_from:
+        return
+    if out.exists() and not note.is_file():
+        raise FileExistsError(f"{out} exists; choose another directory: what it holds was not made here")
+    fresh = out.with_name(f"{out.name}.new")  # whole, with its note, before it takes its place
+    shutil.rmtree(fresh, ignore_errors=True)
+    export_language_model(source, fresh)
+    write_json(fresh / note.name, made_from)
+    if out.exists():
         shutil.rmtree(out)
-    export_language_model(source, out)
-    write_json(note, made_from)
+    fresh.rename(out)
 
 
 def _forget_processor_tokens(file: Path) -> None:

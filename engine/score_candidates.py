@@ -23,9 +23,8 @@ from evovlm.data.errors import SampleError
 from evovlm.data.solution_steps import MAX_SCORED_STEPS
 from evovlm.engine.answer_sampler import Report
 from evovlm.engine.answer_store import AnswerStore, Record
-from evovlm.engine.build_folder import claim, model_stamps, write_json
-from evovlm.engine.open_model import is_run
-from evovlm.engine.runs import newest_checkpoint
+from evovlm.engine.build_folder import claim, write_json
+from evovlm.engine.model_fingerprint import model_fingerprint
 from evovlm.engine.score_store import ScoreShare, ScoreStore, score_shares
 from evovlm.engine.step_scores import Critic, open_critic, reduction_of
 from evovlm.parallel.world import World
@@ -62,9 +61,8 @@ class ScoreSettings:
     def identity(self) -> Record:
         """Return what the scores of a folder must have in common."""
         folder = Path(self.model).absolute()
-        checkpoint = newest_checkpoint(folder).name if is_run(folder) else model_stamps(folder)
         own = {name: value for name, value in asdict(self).items() if name != "reduction"}
-        return {**own, "model": str(folder), "checkpoint": checkpoint}
+        return {**own, "model": str(folder), "fingerprint": model_fingerprint(folder)}
 
     def open(self, device: torch.device) -> Critic:
         """Open the critic; see :func:`evovlm.engine.step_scores.open_critic` for the errors."""

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from evovlm.csrc.random import key
 from evovlm.data.candidates import CandidateSet, candidate_from_json, candidate_json
+from evovlm.data.errors import Reason
 from evovlm.engine.answer_sampler import Report
 from evovlm.engine.answer_store import AnswerStore
 from evovlm.engine.step_scores import GROUP
@@ -81,8 +82,16 @@ class ScoreShare:
     def waiting(self) -> Iterator[CandidateSet]:
         """Yield the questions of groups that are not scored whole, without scores of others."""
         for group in self.groups():
-            if any(self.scores.get(made) is None for made in group):
+            if not all(map(self._is_settled, group)):
                 yield from map(_bare, group)
+
+    def _is_settled(self, made: CandidateSet) -> bool:
+        """Whether there are scores, or reasons that another start would find again; images may have come back."""
+        found = self.scores.get(made)
+        if found is None:
+            return False
+        reasons = [candidate.unscored or "" for candidate in found.candidates]
+        return not any(reason.startswith((Reason.MISSING_IMAGE, Reason.BAD_IMAGE)) for reason in reasons)
 
 
 def score_shares(shares: Sequence[tuple[ScoreShare, Callable[[], RewardModel]]], report: Report) -> None:

@@ -84,7 +84,10 @@ def best_of_n(
     ] = 12,
     critic_system_prompt: Annotated[
         str | None,
-        typer.Option(help="System turn of critics; by default that of their training. '': the chat template's own."),
+        typer.Option(
+            help="System turn that critics were trained with; '': the chat template's own. By default that of "
+            "evovlm prm build, and of a published reward model its own."
+        ),
     ] = None,
     system_prompt: SystemPromptOption = None,
     limit: LimitOption = 0,

@@ -259,7 +259,8 @@ def _results_in(folder: Path) -> list[Path]:
 def _collect(target: Path, options: SuiteOptions, words: Sequence[str], file: Path) -> dict[str, Any]:
     found = read_results(file)
     collected = options.out / f"{options.suite}.json"
-    earlier = json.loads(collected.read_text())["tasks"] if collected.is_file() else {}
+    there = json.loads(collected.read_text()) if collected.is_file() else {}
+    earlier = there["tasks"] if there.get("target") == str(target) else {}  # no table of two models
     about = {"command": shlex.join(words), "results": str(file)}
     tasks = earlier | {task: values | about for task, values in found.items()}
     result = {"suite": options.suite, "target": str(target), "newest": list(found), "tasks": tasks}

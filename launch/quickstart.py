@@ -236,8 +236,23 @@ class Quickstart:
             scores[name] = json.loads(files[-1].read_text())["tasks"]
         return scores
 
+    def claim(self) -> None:
+        """Write down what the folder is made with, or see that it is the same.
+
+        Raises:
+            ValueError: It holds phases of another seed, or of a short run where a whole one is wanted.
+        """
+        file, mine = self.out / "quickstart.json", {"seed": self.seed, "short": self.short}
+        if file.is_file() and (there := json.loads(file.read_text())) != mine:
+            raise ValueError(
+                f"{self.out} holds a quickstart with {there}, not {mine}: name another folder with --out, or delete it"
+            )
+        self.out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(mine) + "\n")
+
     def run(self) -> None:
-        """Run all phases."""
+        """Run all phases; see :meth:`claim` for the error."""
+        self.claim()
         with self._phase("data", "make data from real digits, fonts, photographs and text"):
             self.data()
         with self._phase("index", "scan it all into memory-mapped indexes"):

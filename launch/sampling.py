@@ -73,8 +73,13 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What samples are attributed to."""
-        return str(self.model if self.backend == "server" else Path(self.model or "").absolute())
+        """What samples are attributed to: a server's model, or a folder and what its weights are."""
+        from evovlm.engine.model_fingerprint import model_fingerprint
+
+        if self.backend == "server" or self.reuse:
+            return str(self.model)
+        folder = Path(self.model or "").absolute()
+        return f"{folder} ({model_fingerprint(folder)})"
 
     def open(self, max_tiles: int | None, device: "torch.device") -> "Generator":
         """Open the generator; a server tiles images by its own settings."""

@@ -1,7 +1,6 @@
 """Scored candidate files: the same for any number of ranks, after any cut, with every fault counted."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from evovlm.data.candidates import Candidate, CandidateSet, StepScore, read_candidates, write_candidates
 from evovlm.engine.score_candidates import ScoreSettings, score_candidates
@@ -171,13 +171,37 @@ def test_scores_of_an_export_that_was_replaced_are_not_mixed(file: Path, model_d
     export = tmp_path / "export"
     shutil.copytree(model_dir, export)
     run(file, tmp_path / "scored.jsonl", settings_of(export), Fake())
-    os.utime(export / "config.json", ns=(1, 1))
-    with pytest.raises(ValueError, match="made with checkpoint"):
+    weights = load_file(export / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, export / "model.safetensors")
+    with pytest.raises(ValueError, match="made with fingerprint"):
         run(file, tmp_path / "scored.jsonl", settings_of(export), Fake())
 
 
-def test_a_run_is_named_with_its_checkpoint(finished_run: Path) -> None:
-    assert settings_of(finished_run).identity()["checkpoint"] == "step-00000002"
+def test_images_that_have_come_back_are_looked_at_again(file: Path, model_dir: Path, tmp_path: Path) -> None:
+    """A reason that another start would find again stays; that an image is missing need not."""
+
+    class Blind(Fake):
+        reason = "missing image: not mounted"
+
+        def score(self, sets: Any) -> Iterator[CandidateSet]:
+            for made in super().score(sets):
+                blind = made.name == f"q/{GROUP}"
+                none = tuple(replace(one, steps=None, reward=None, unscored=self.reason) for one in made.candidates)
+                yield replace(made, candidates=none) if blind else made
+
+    out, settings = tmp_path / "scored.jsonl", settings_of(model_dir)
+    assert run(file, out, settings, Blind())["unscored"]["missing image"] > 0
+    seeing = Fake()
+    assert "missing image" not in run(file, out, settings, seeing)["unscored"]
+    assert seeing.seen == [f"q/{i}" for i in range(GROUP, min(2 * GROUP, COUNT))]  # its whole group
+    again = Fake()
+    run(file, out, settings, again)
+    assert again.seen == []
+    fresh = Blind()
+    fresh.reason = "too long: really"
+    run(file, tmp_path / "other.jsonl", settings, fresh)
+    run(file, tmp_path / "other.jsonl", settings, again)
+    assert again.seen == []
 
 
 def test_files_that_cannot_be_scored_are_refused(model_dir: Path, tmp_path: Path) -> None:

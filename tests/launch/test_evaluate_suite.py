@@ -48,6 +48,16 @@ def test_command_of_lmms_eval(export: Path, capsys: pytest.CaptureFixture[str]) 
     assert not (export / "evaluations").exists()  # nothing is run, nothing is written
 
 
+def test_results_of_two_models_are_not_put_into_one_table(
+    suites: None, export: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out, other = tmp_path / "out", model_dir(tmp_path / "other", "internvl", min_patches=1, max_patches=6, do_resize=1)
+    assert evaluate(export, "--suite", "lmms-eval", "--tasks", "digits", "--out", out) == 0
+    assert evaluate(other, "--suite", "lmms-eval", "--tasks", "words", "--out", out) == 0
+    found = json.loads((out / "lmms-eval.json").read_text())
+    assert (found["target"], list(found["tasks"])) == (str(other), ["words"])
+
+
 def test_command_of_lm_eval(tmp_path: Path, export: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a whole model it takes the language model alone; a directory of one is taken as it is."""
     more = ["--suite", "lm-eval", "--tasks", "gsm8k", "--suite-args", "--device cuda:1 --gen_kwargs 'a=1, b'"]
