@@ -1,19 +1,20 @@
 """Ranks end with the process that started them, also when that is killed and can end nobody.
 
-evovlm … --ranks N   writes its number into the environment ─► rank: asks the kernel for SIGTERM when that process dies
+evovlm … --ranks N   writes its number into the environment ─► rank: a thread sees its parent change, and sends SIGTERM
 
-A training run takes the signal as it always does: it saves first. Linux alone offers this; elsewhere nothing is done.
+A training run takes the signal as it always does: it saves first. The kernel could send it (PR_SET_PDEATHSIG), but to a
+process of many threads it was seen to come several times, and a second signal ends a run without saving.
 """
 
-import ctypes
 import os
 import signal
-import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 _STARTER = "EVOVLM_STARTER"
-_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+_SECONDS = 1.0  # between looks
 
 
 @contextmanager
@@ -29,8 +30,11 @@ def named_starter() -> Iterator[None]:
 def end_with_starter() -> None:
     """Let this rank be told to end when the process that started it dies; nothing if that said no name."""
     starter = os.environ.pop(_STARTER, None)  # not for what a rank starts itself
-    if starter is None or sys.platform != "linux":
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(starter):  # it died before the kernel was asked
-        os.kill(os.getpid(), signal.SIGTERM)
+    if starter is not None:
+        threading.Thread(target=_watch, args=(int(starter),), daemon=True, name="starter").start()
+
+
+def _watch(starter: int) -> None:
+    while os.getppid() == starter:
+        time.sleep(_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
