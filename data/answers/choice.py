@@ -46,13 +46,15 @@ def multiple_choice(prediction: str, truths: Sequence[str]) -> float:
     """Score 1 if the prediction names the letter of one of the truths ("B", "(B)" or "B. a dog"), else 0.
 
     Official definition (MMMU, AI2D, MMBench without a judge): the letter is found in the answer by rules, and compared.
-    A prediction without a letter is right if it is the text behind the letter. A truth without a letter is compared as
-    text.
+    A prediction that is the text behind the letter is right, also if a capital stands alone in it ("vitamin D"), but
+    not if that text is nothing but a letter. A truth without a letter is compared as text.
     """
     given = choice_letter(prediction)
     for truth in truths:
         wanted = choice_letter(truth)
         option = _OPTION.match(truth.strip())
+        if option and not _WHOLE.match(option[1].strip()) and exact_match(prediction, [option[1]]):
+            return 1.0
         if given is not None and wanted is not None:
             if given == wanted:
                 return 1.0

@@ -75,14 +75,16 @@ def vqa_accuracy(prediction: str, truths: Sequence[str]) -> float:
 def normalize_vqa(text: str) -> str:
     """Return a text as VQA's evaluation compares it.
 
-    Lower case; punctuation is left out where it stands beside a space (or anywhere, if a comma stands between digits),
-    else becomes a space; full stops stay only before a digit; number words up to ten become digits; articles are left
-    out. Apostrophes are left out of both sides, which replaces VQA's table of contractions ("dont" for "don't").
+    Lower case; a mark of punctuation is left out if it stands beside a space somewhere in the text as given (any mark,
+    if a comma stands between digits), else becomes a space; full stops stay only before a digit; number words up to ten
+    become digits; articles are left out. Apostrophes are left out of both sides, which replaces VQA's table of
+    contractions ("dont" for "don't").
     """
     text = " ".join(text.lower().split())
+    original = text
     comma_in_number = re.search(r"\d,\d", text) is not None
     for mark in _VQA_PUNCTUATION:
-        if comma_in_number or f"{mark} " in text or f" {mark}" in text:
+        if comma_in_number or f"{mark} " in original or f" {mark}" in original:
             text = text.replace(mark, "")
         else:
             text = text.replace(mark, " ")

@@ -8,6 +8,9 @@ POPE: LLaVA's questions {"question_id": 7, "image": "a.jpg", "text": "Is …?"} 
     │ by image and question: the ids of the three files below start at 1 in each
     ▼
 coco_pope_random.json {"question_id": 1, "image": "a.jpg", "text": "Is …?", "label": "no"}   ─► truth
+    │ where several of one file look the same: that with the row's id
+    ▼
+one entry, or none: a truth that may be another question's is worse than a row that is not scored
 """
 
 from collections.abc import Sequence
@@ -15,16 +18,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evovlm.data.benchmarks.rows import Row, RowError, read_rows
+from evovlm.data.benchmarks.rows import ID_KEYS, Row, RowError, read_rows
 
 _Shown = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class _Table:
+    """One file: its entries by id, by image and whole question, and by image and first line of the question."""
+
     file: Path
-    by_id: dict[str, dict[str, Any]]
-    by_question: dict[_Shown, dict[str, Any]]
+    by_id: dict[str, Row]
+    by_question: dict[_Shown, list[Row]]
+    by_line: dict[_Shown, list[Row]]
 
 
 class Annotations:
@@ -32,7 +38,8 @@ class Annotations:
 
     Args:
         files: Read as answer files are. A row is looked up in one after the other: by image and question where both
-            sides have them, else by id; what was found in one file helps to find it in the next.
+            sides have them, else by id; what was found in one file helps to find it in the next. The whole question
+            counts first, then its first line; of several entries that differ, the one with the row's id.
 
     Raises:
         FileNotFoundError: One of the files is not there.
@@ -46,40 +53,60 @@ class Annotations:
         """Return a row with what the annotations say about its question; the row itself if there are no files.
 
         Raises:
-            RowError: No file knows the question.
+            RowError: No file knows the question, or only several entries that the row's id does not tell apart.
         """
         if not self._tables:
             return row
         found: dict[str, Any] = {}
+        alike = 0
         for table in self._tables:
-            image, question = row.content.get("image"), row.content.get("question")
+            image, question = row.get("image"), row.get("question")
             shown = _shown(image or found.get("image"), question or found.get("question") or found.get("text"))
             if shown is not None and table.by_question:
-                entry = table.by_question.get(shown)
+                entries = table.by_question.get(shown) or table.by_line.get(_first_line(shown), [])
+                entry = _same_or_by_id(entries, row.id)
+                alike += len(entries) if entry is None else 0
             else:
                 entry = table.by_id.get(row.id) if row.id is not None else None
-            found = {**(entry or {}), **found}
+            found = {**(entry.content if entry is not None else {}), **found}
         if not found:
             files = ", ".join(str(table.file) for table in self._tables)
-            raise RowError(row.where, f"question {row.id or '(without an id)'} is not in {files}")
+            asked = f"question {row.id or '(without an id)'}"
+            detail = f"has no id of the {alike} entries with its image and question in" if alike else "is not in"
+            raise RowError(row.where, f"{asked} {detail} {files}")
         return replace(row, annotation=found)
 
 
 def _read(file: Path) -> _Table:
-    table = _Table(file, {}, {})
+    table = _Table(file, {}, {}, {})
     for row in read_rows(file):
         if isinstance(row, RowError):
             raise ValueError(str(row))
-        content = dict(row.content)
         if row.id is not None:
-            table.by_id.setdefault(row.id, content)
-        if (shown := _shown(content.get("image"), content.get("question") or content.get("text"))) is not None:
-            table.by_question.setdefault(shown, content)
+            table.by_id.setdefault(row.id, row)
+        if (shown := _shown(row.get("image"), row.get("question") or row.get("text"))) is not None:
+            table.by_question.setdefault(shown, []).append(row)
+            table.by_line.setdefault(_first_line(shown), []).append(row)
     return table
 
 
 def _shown(image: Any, question: Any) -> _Shown | None:
-    """Return image and first line of the question, behind which files put different instructions; None without both."""
+    """Return image and question; None without both."""
     if not isinstance(image, str) or not isinstance(question, str):
         return None
-    return image, question.strip().partition("\n")[0].strip()
+    return image, question.strip()
+
+
+def _first_line(shown: _Shown) -> _Shown:
+    """Return image and first line of the question, behind which files put different instructions or its options."""
+    image, question = shown
+    return image, question.partition("\n")[0].strip()
+
+
+def _same_or_by_id(entries: Sequence[Row], row_id: str | None) -> Row | None:
+    """Return the entry with an id; any of them if nothing but the id tells them apart; else None."""
+    for entry in entries:
+        if entry.id is not None and entry.id == row_id:
+            return entry
+    said = [{key: value for key, value in entry.content.items() if key not in ID_KEYS} for entry in entries]
+    return entries[0] if said and all(one == said[0] for one in said) else None

@@ -12,8 +12,9 @@ from dataclasses import replace
 from evovlm.data.answers.choice import choice_letter, multiple_choice
 from evovlm.data.answers.open_ended import open_match
 from evovlm.data.answers.options import listed_options, mmbench_letter, mmmu_letter, truth_list
+from evovlm.data.answers.text import exact_match
 from evovlm.data.benchmarks.report import NUM, OVERALL, Judged, Table, means
-from evovlm.data.benchmarks.rows import Row, RowError
+from evovlm.data.benchmarks.rows import Row, RowError, is_missing
 
 ACCURACY = "accuracy"
 CIRCULAR_STEP = 1_000_000
@@ -39,15 +40,18 @@ _DISCIPLINE_OF = {subject: name for name, subjects in _DISCIPLINES.items() for s
 
 
 def options_of(row: Row) -> dict[str, str]:
-    """Find a row's options: ``options`` or ``choices`` (list or object), keys A, B, …, or lines of its question."""
+    """Find a row's options: ``options`` or ``choices`` (list or object), keys A, B, …, or lines of its question.
+
+    Options that are null or NaN, as tables fill rows that have fewer than others, are none.
+    """
     options = row.get("options", "choices", "index2ans", "option")
     if isinstance(options, str):
         options = truth_list(options)
     if isinstance(options, dict):
-        return {str(letter): str(text) for letter, text in options.items()}
+        return {str(letter): str(text) for letter, text in options.items() if not is_missing(text)}
     if isinstance(options, list):
-        texts = [re.sub(rf"^{letter}[.):]\s*", "", str(text)) for letter, text in zip(_LETTERS, options, strict=False)]
-        return dict(zip(_LETTERS, texts, strict=False))
+        listed = [(letter, text) for letter, text in zip(_LETTERS, options, strict=False) if not is_missing(text)]
+        return {letter: re.sub(rf"^{letter}[.):]\s*", "", str(text)) for letter, text in listed}
     columns = {letter: text for letter in _LETTERS if (text := row.text(letter)) is not None}
     return columns or listed_options(row.text("question") or "")
 
@@ -63,12 +67,13 @@ def judge_mmmu(row: Row) -> Judged:
     kind = row.text("question_type")
     is_choice = kind == "multiple-choice" if kind else len(truths) == 1 and _LETTER.fullmatch(truths[0]) is not None
     if is_choice:
+        truths = [found[1] if (found := _LETTER.fullmatch(truth)) else truth for truth in truths]
         given = mmmu_letter(answer, options_of(row)) or ""
         score = float(given in truths)
     else:
         given, score = answer, open_match(answer, truths)
-    found = _MMMU_ID.match(row.id or "")
-    subject = found[1] if found else row.text("subject", "category")
+    named = _MMMU_ID.match(row.id or "")
+    subject = named[1] if named else row.text("subject", "category")
     groups = (f"subject: {subject}",) if subject else ()
     if subject in _DISCIPLINE_OF:
         groups = (f"discipline: {_DISCIPLINE_OF[subject]}", *groups)
@@ -80,7 +85,7 @@ def judge_ai2d(row: Row) -> Judged:
     answer, truths = row.answer(), row.truths()
     options = options_of(row)
     full = [f"{truth}. {options[truth]}" if truth in options else truth for truth in truths]
-    given = choice_letter(answer) or answer
+    given = answer if exact_match(answer, list(options.values())) else choice_letter(answer) or answer
     return Judged(row.where, given, " / ".join(truths), multiple_choice(answer, full), _split(row))
 
 

@@ -29,6 +29,9 @@ def judge_refcoco(row: Row) -> Judged:
     ``gt_bbox`` (x1, y1, x2, y2, pixels) is at least 0.5; an answer without a box is wrong. Without ``hw`` (or
     ``height`` and ``width``) both boxes are taken to be in the same coordinates. Group: the file's name, where several
     are scored.
+
+    Raises:
+        RowError: No true box, or a size that is none.
     """
     truth = _numbers(row, "gt_bbox", "bbox", "gt_box", "annotation", "truth")
     answer = row.answer()
@@ -46,13 +49,14 @@ def judge_screenspot(row: Row) -> Judged:
     Official definition: the point of the answer, or the centre of its box, lies in the element's box. An answer is in
     thousandths of the image if it is a ``<box>`` or one of its numbers is above 1, else in fractions. The element is
     ``bbox`` (x, y, width, height, as in ScreenSpot's files) or ``gt_bbox`` (x1, y1, x2, y2), in pixels with ``hw``
-    (or ``img_size`` [w, h], or ``height`` and ``width``), or in fractions. Groups: platform and kind of element, from
+    (or ``img_size`` [w, h], or ``height`` and ``width``), or in fractions; a key named by the row's ``truth_key`` is
+    read as ``bbox`` is, unless it is ``gt_bbox``. Groups: platform and kind of element, from
     ``data_source`` (or the file's name) and ``data_type``.
 
     Raises:
-        RowError: Pixels without the image's size.
+        RowError: No true box, or pixels without the image's size.
     """
-    if row.get("gt_bbox") is not None:
+    if row.truth_key == "gt_bbox" or (row.truth_key is None and row.get("gt_bbox") is not None):
         truth = _numbers(row, "gt_bbox")
     else:
         x, y, width, height = _numbers(row, "bbox", "annotation", "truth")
@@ -98,7 +102,11 @@ def _platform(row: Row) -> str | None:
 
 
 def _numbers(row: Row, *keys: str) -> Box:
-    value = row.get(*keys)
+    """Return the true box under the row's ``truth_key``, else under the first of some keys."""
+    if row.truth_key is not None:
+        keys, value = (row.truth_key,), row.truth()
+    else:
+        value = row.get(*keys)
     if isinstance(value, str):
         value = parse_box(value)
     if isinstance(value, list) and len(value) == 1:

@@ -40,7 +40,7 @@ def table_mathvista(judged: Sequence[Judged]) -> Table:
 def _problem(row: Row, truth: str) -> Problem:
     kind, question = row.text("answer_type"), row.text("question_type")
     choices = row.get("choices")
-    texts = tuple(str(choice) for choice in choices) if isinstance(choices, list) else ()
+    texts = tuple(str(choice).strip() for choice in choices) if isinstance(choices, list) else ()
     if question == "multi_choice" and not texts:
         raise RowError(row.where, "question_type is 'multi_choice', but 'choices' holds no list of options")
     if kind is None:

@@ -16,6 +16,9 @@ F1 = "F1"
 def judge_pope(row: Row) -> Judged:
     """Judge a row of POPE; its group is ``category``, else the file's name where several are scored.
 
+    A reply in which the answer that was looked for is missing says neither: it is wrong, and no "yes". A direct reply
+    always counts as one of the two (``says_yes``).
+
     Raises:
         RowError: The label is neither yes nor no.
     """
@@ -23,7 +26,8 @@ def judge_pope(row: Row) -> Judged:
     truth = row.truths()[0].strip().lower()
     if truth not in ("yes", "no"):
         raise RowError(row.where, f"the truth is {truth!r}, neither yes nor no")
-    given = "yes" if says_yes(answer) else "no"
+    said = "yes" if says_yes(answer) else "no"
+    given = "" if row.extracted == "" else said
     category = row.text("category", "split") or row.split
     return Judged(row.where, given, truth, float(given == truth), (category,) if category else ())
 

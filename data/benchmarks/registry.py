@@ -1,8 +1,8 @@
 """From answer files to a report: the table of benchmarks, and what happens to every row.
 
-files ──read_rows──► Row ──join──► with its truth ──not asked before?──► judge ──► Judged ─┐
-                      │              │                │                    │               ├─► table ─► Report
-                      └──────────────┴────────────────┴────────────────────┴─► RowError ───┘
+files ──read_rows──► Row ──not judged before?──► join ──► with its truth ──► judge ──► Judged ─┐
+                      │              │            │                            │               ├─► table ─► Report
+                      └──────────────┴────────────┴────────────────────────────┴─► RowError ───┘
 """
 
 import difflib
@@ -16,6 +16,8 @@ from evovlm.data.benchmarks.annotations import Annotations
 from evovlm.data.benchmarks.report import NUM_RIGHT, Judged, Report, Table
 from evovlm.data.benchmarks.rows import Row, RowError, read_rows, split_name
 
+_Question = tuple[str, ...]
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -26,8 +28,8 @@ class Benchmark:
         metric: The metric that is quoted.
         judge: Scores one row; raises ``RowError`` if it cannot.
         table: Adds rows up to groups and metrics.
-        leave_out: Called with judged and bad rows, where a bad row makes others useless: returns those that stay, and
-            an error for each of the others.
+        leave_out: Called with judged and bad rows (without those that came again and were judged then), where a bad row
+            makes others useless: returns those that stay, and an error for each of the others.
     """
 
     title: str
@@ -98,14 +100,14 @@ def score_files(
     judged: list[Judged] = []
     bad: list[RowError] = []
     bad_rows: list[Row] = []
-    asked: dict[tuple[str, ...], str] = {}
+    asked: dict[_Question, str] = {}
     for row in _rows(files, answer_key, truth_key):
         if isinstance(row, RowError):
             bad.append(row)
             continue
-        first = _asked_before(row, asked)
-        if first is not None:
-            bad.append(RowError(row.where, f"the question of {first} again (id {row.id})"))
+        question = _question(row)
+        if question is not None and question in asked:
+            bad.append(RowError(row.where, f"the question of {asked[question]} again (id {row.id})"))
             continue
         try:
             joined = truths.join(row)
@@ -113,8 +115,11 @@ def score_files(
         except RowError as error:
             bad.append(error)
             bad_rows.append(row)
+            continue
+        if question is not None:
+            asked[question] = row.where
     if benchmark.leave_out is not None:
-        judged, left_out = benchmark.leave_out(judged, bad_rows)
+        judged, left_out = benchmark.leave_out(judged, [row for row in bad_rows if _question(row) not in asked])
         bad += left_out
     if not judged:
         raise ValueError(f"none of {len(bad):,} rows can be scored as {benchmark.title}; the first: {bad[0]}")
@@ -127,13 +132,12 @@ def _rows(files: Sequence[Path], answer_key: str | None, truth_key: str | None) 
         yield from read_rows(file, split=split, answer_key=answer_key, truth_key=truth_key)
 
 
-def _asked_before(row: Row, asked: dict[tuple[str, ...], str]) -> str | None:
-    """Return where a question came before: inference on several ranks may pad the last batch with rows it has done."""
+def _question(row: Row) -> _Question | None:
+    """Return what a question is known by: inference on several ranks may pad the last batch with rows it has done."""
     if row.id is None:
         return None
     about = (row.split, row.text("split"), row.text("category"), row.text("question"), row.text("image"))
-    first = asked.setdefault((row.id, *(text or "" for text in about)), row.where)
-    return None if first == row.where else first
+    return row.id, *(text or "" for text in about)
 
 
 def _extracted(row: Row, style: PromptStyle) -> Row:

@@ -9,6 +9,7 @@ Row: what the model said, the truths, and whatever else the benchmark asks for, 
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -118,10 +119,13 @@ class Row:
         return [str(text) for text in texts]
 
     def get(self, *keys: str) -> Any:
-        """Return the value of the first key that the row, or else its annotation, has; None if there is none."""
+        """Return the value of the first key that the row, or else its annotation, has; None if there is none.
+
+        NaN, which pandas writes where a table has nothing, is no value.
+        """
         for content in (self.content, self.annotation or {}):
             for key in keys:
-                if content.get(key) is not None:
+                if not is_missing(content.get(key)):
                     return content[key]
         return None
 
@@ -176,6 +180,11 @@ def read_rows(
             yield Row(where, content, split, answer_key, truth_key)
     if empty:
         raise ValueError(f"{file} holds no rows")
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a value is null or NaN."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def split_name(file: Path) -> str:

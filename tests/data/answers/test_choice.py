@@ -83,3 +83,14 @@ def test_multiple_choice(prediction: str, truth: str, expected: float) -> None:
 def test_one_of_several_right_letters() -> None:
     assert multiple_choice("C", ["A", "C"]) == 1
     assert multiple_choice("B", ["A", "C"]) == 0
+
+
+@pytest.mark.parametrize("text", ["vitamin D", "Zone B", "Type O", "Vitamin C."])
+def test_a_capital_inside_an_options_text_is_no_letter(text: str) -> None:
+    assert multiple_choice(text, [f"A. {text}"]) == 1
+    assert multiple_choice("A", [f"A. {text}"]) == 1
+
+
+def test_an_option_that_is_a_letter_is_named_by_its_own() -> None:
+    assert multiple_choice("D", ["A. D"]) == 0
+    assert multiple_choice("A", ["A. D"]) == 1

@@ -109,3 +109,9 @@ def test_vqa_with_a_single_truth_is_an_exact_match() -> None:
 )
 def test_normalize_vqa(text: str, expected: str) -> None:
     assert normalize_vqa(text) == expected
+
+
+def test_vqa_looks_for_spaces_in_the_text_as_it_was_given() -> None:
+    """A mark that has become a space is none for the marks after it: "-" has no space beside it in either of these."""
+    assert normalize_vqa("(555)-123-4567") == normalize_vqa("(555) 123-4567") == "555 123 4567"
+    assert vqa_accuracy("(555) 123-4567", ["(555)-123-4567"] * 10) == 1

@@ -77,3 +77,20 @@ def test_mmmu_as_internvl_writes_it(tmp_path: Path) -> None:
     report = score(tmp_path, "mmmu", answers, annotations=[write(tmp_path / "answer_dict_val.json", truths)])
     assert report.score == 1
     assert not report.bad
+
+
+def asked(number: int, options: str, answer: str) -> dict[str, object]:
+    return {"question_id": number, "image": "x.png", "question": f"Which is it?\n{options}", "answer": answer}
+
+
+def test_questions_with_one_first_line_are_told_apart(tmp_path: Path) -> None:
+    rows = [asked(1, "A. a cat\nB. a dog", "A"), asked(2, "A. a car\nB. a bus", "B")]
+    truths = [{**row, "annotation": row["answer"]} for row in rows]
+    for row in rows:
+        row["question"] = "Which is it?"  # an answer file may leave the options out: then the id counts
+    for given in (rows, [{**row, "question": truth["question"]} for row, truth in zip(rows, truths, strict=True)]):
+        file = write(tmp_path / "val.json", truths)
+        assert score(tmp_path, "ai2d", given, annotations=[file]).table["overall"]["accuracy"] == 1
+    alone = {"image": "x.png", "question": "Which is it?", "answer": "A"}
+    with pytest.raises(RowError, match="has no id of the 2 entries with its image and question"):
+        Annotations([file]).join(Row("a, row 1", alone))

@@ -106,3 +106,22 @@ def test_mmbench_with_a_broken_index(tmp_path: Path) -> None:
     rows = [{"index": "x", "prediction": "A", "answer": "A"}, {"index": 1, "prediction": "A", "answer": "A"}]
     (error,) = score(tmp_path, "mmbench", rows).bad
     assert error.detail == "index 'x' is no number"
+
+
+def test_a_true_letter_in_brackets(tmp_path: Path) -> None:
+    rows = [{"id": f"validation_Art_{i}", "options": ["a cat", "a dog"], "answer": said} for i, said in enumerate("BA")]
+    assert score(tmp_path, "mmmu", [{**row, "annotation": "(B)"} for row in rows]).score == 1 / 2
+
+
+def test_an_option_that_a_table_has_left_empty_is_none() -> None:
+    assert options_of(Row("", {"A": "a cat", "B": "a dog", "C": float("nan")})) == {"A": "a cat", "B": "a dog"}
+    assert options_of(Row("", {"options": ["a cat", None, "a dog"]})) == {"A": "a cat", "C": "a dog"}
+
+
+def test_a_turn_that_failed_and_came_again_keeps_its_question(tmp_path: Path) -> None:
+    turn = {"A": "a cat", "B": "a dog", "answer": "A"}
+    rows = [{**turn, "index": 1, "prediction": "A"}, {**turn, "index": 1_000_001}]
+    other = {**turn, "index": 2, "prediction": "A"}
+    assert score(tmp_path, "mmbench", [*rows, other]).table["overall"]["num"] == 1
+    again = {**turn, "index": 1_000_001, "prediction": "A"}
+    assert score(tmp_path, "mmbench", [*rows, other, again]).table["overall"]["num"] == 2

@@ -114,3 +114,15 @@ def test_pixels_without_a_size(tmp_path: Path) -> None:
     good = {"response": "[[50, 50]]", "bbox": [0, 0, 10, 10], "hw": [100, 100]}
     (error,) = score(tmp_path, "screenspot", [good, {"response": "[[50, 50]]", "bbox": [0, 0, 10, 10]}]).bad
     assert "the true box (0, 0, 10, 10) is in pixels, but the image's size is missing" in error.detail
+
+
+def test_the_key_that_is_named_holds_the_truth(tmp_path: Path) -> None:
+    box = {"answer": "[0.1, 0.1, 0.2, 0.2]", "gt_bbox": [0.1, 0.1, 0.2, 0.2], "mine": [0.5, 0.5, 0.2, 0.2]}
+    for benchmark in ("refcoco", "screenspot"):
+        assert [score(tmp_path, benchmark, [box], truth_key=key).score for key in (None, "gt_bbox", "mine")] == [
+            1,
+            1,
+            0,
+        ]
+        without = {key: value for key, value in box.items() if key != "gt_bbox"} | {"mine": [0.1, 0.1, 0.2, 0.2]}
+        assert score(tmp_path, benchmark, [without], truth_key="mine").score == 1

@@ -61,3 +61,9 @@ def test_an_empty_reply_is_wrong(tmp_path: Path) -> None:
 def test_bad_rows(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     (error,) = score(tmp_path, "mathvista", [{**CHOICE, "response": "B"}, {**CHOICE, "response": "A", **change}]).bad
     assert error.detail == message
+
+
+def test_spaces_around_choices_do_not_count(tmp_path: Path) -> None:
+    row = {"question_type": "multi_choice", "choices": ["Yes ", " No"], "precision": float("nan")}
+    rows = [{**row, "answer_type": "text", "response": "A", "answer": "Yes "}]
+    assert score(tmp_path, "mathvista", rows, answer_key="response", truth_key="answer").score == 1

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from evovlm.data.answers.prompts import PromptStyle
+
 from .answer_files import score
 
 
@@ -48,3 +50,16 @@ def test_no_yes_at_all(tmp_path: Path) -> None:
 def test_a_label_that_is_neither(tmp_path: Path) -> None:
     report = score(tmp_path, "pope", [*rows(None, "T"), {"text": "Yes", "label": "maybe"}])
     assert [error.detail for error in report.bad] == ["the truth is 'maybe', neither yes nor no"]
+
+
+def test_a_reply_without_the_answer_that_was_asked_for_is_no_yes(tmp_path: Path) -> None:
+    rows = [
+        {"answer": "I think it is hard to tell.", "label": "yes"},
+        {"answer": "I think it is hard to tell.", "label": "no"},
+        {"answer": "I see one.\nFinal answer: yes", "label": "yes"},
+    ]
+    marked = score(tmp_path, "pope", rows, style=PromptStyle.EN)
+    assert [(one.given, one.score) for one in marked.judged] == [("", 0), ("", 0), ("yes", 1)]
+    assert marked.table["overall"]["yes ratio"] == pytest.approx(1 / 3)
+    direct = score(tmp_path, "pope", rows)
+    assert [one.given for one in direct.judged] == ["yes", "yes", "yes"]  # as published: not "no"

@@ -113,3 +113,11 @@ def test_unknown_benchmarks() -> None:
         find_benchmark("chart-qa")
     with pytest.raises(ValueError, match="'zzz' is no benchmark: there are mmmu, ai2d"):
         find_benchmark("zzz")
+
+
+def test_a_question_that_failed_and_came_again_counts_once(tmp_path: Path) -> None:
+    rows = [{"question_id": 1, "annotation": "4"}, *[{"question_id": 1, "answer": "4", "annotation": "4"}] * 2]
+    report = score(tmp_path, "chartqa", rows)
+    assert (len(report.judged), report.score) == (1, 1)
+    assert "row 1" in str(report.bad[0])
+    assert "answers.json, row 2 again (id 1)" in str(report.bad[1])
