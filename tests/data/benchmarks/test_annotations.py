@@ -94,3 +94,36 @@ def test_questions_with_one_first_line_are_told_apart(tmp_path: Path) -> None:
     alone = {"image": "x.png", "question": "Which is it?", "answer": "A"}
     with pytest.raises(RowError, match="has no id of the 2 entries with its image and question"):
         Annotations([file]).join(Row("a, row 1", alone))
+
+
+def test_no_entry_of_another_question_by_its_id(tmp_path: Path) -> None:
+    """The id 3 is there, but of another image; it is none of those that look alike."""
+    rows = [asked(1, "A. egg", "A"), asked(2, "A. moth", "A"), {**asked(3, "A. bus", "A"), "image": "y.png"}]
+    annotations = Annotations([write(tmp_path / "val.json", rows)])
+    with pytest.raises(RowError, match="question 3 has no id of the 2 entries"):
+        annotations.join(Row("a, row 1", {"question_id": 3, "image": "x.png", "question": "Which is it?"}))
+
+
+def test_the_whole_question_counts_before_the_id(tmp_path: Path) -> None:
+    rows = [asked(1, "A. egg", "A"), asked(2, "A. moth", "B")]
+    row = Row("a, row 1", {"question_id": 1, "image": "x.png", "question": "Which is it?\nA. moth\n"})
+    assert Annotations([write(tmp_path / "val.json", rows)]).join(row).truths() == ["B"]
+
+
+def test_entries_that_only_differ_in_their_id_are_one(tmp_path: Path) -> None:
+    rows = [{"question_id": i, "image": "a.jpg", "text": "Is there a dog?", "label": "yes"} for i in (1, 2)]
+    row = Row("a, row 1", {"image": "a.jpg", "question": "Is there a dog?", "answer": "Yes"})
+    assert Annotations([write(tmp_path / "val.jsonl", rows)]).join(row).truths() == ["yes"]
+
+
+def test_a_question_of_pope_that_is_asked_in_several_categories(tmp_path: Path) -> None:
+    """LLaVA's file has it once for each, under different ids."""
+    questions = [
+        {"question_id": i, "image": "a.jpg", "text": "Is there a dog?\nAnswer with one word.", "category": category}
+        for i, category in ((1, "random"), (3001, "popular"))
+    ]
+    label = {"question_id": 1, "image": "a.jpg", "text": "Is there a dog?", "label": "yes"}
+    files = [write(tmp_path / "llava_pope_test.jsonl", questions), write(tmp_path / "coco_pope.jsonl", [label])]
+    answers = [{"question_id": i, "image": "a.jpg", "question": "Is there a dog?", "text": "Yes"} for i in (1, 3001)]
+    report = score(tmp_path, "pope", answers, annotations=files)
+    assert [(one.truth, one.groups) for one in report.judged] == [("yes", ("random",)), ("yes", ("popular",))]

@@ -125,3 +125,10 @@ def test_a_turn_that_failed_and_came_again_keeps_its_question(tmp_path: Path) ->
     assert score(tmp_path, "mmbench", [*rows, other]).table["overall"]["num"] == 1
     again = {**turn, "index": 1_000_001, "prediction": "A"}
     assert score(tmp_path, "mmbench", [*rows, other, again]).table["overall"]["num"] == 2
+
+
+def test_ai2d_understands_an_options_text_with_a_capital_in_it(tmp_path: Path) -> None:
+    options = ["vitamin A", "vitamin D", "vitamin B", "vitamin C"]
+    rows = [{"options": options, "answer": answer, "annotation": "B"} for answer in ("vitamin D", "D")]
+    judged = score(tmp_path, "ai2d", rows).judged
+    assert [(one.given, one.score) for one in judged] == [("vitamin D", 1), ("D", 0)]

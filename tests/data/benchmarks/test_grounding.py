@@ -126,3 +126,19 @@ def test_the_key_that_is_named_holds_the_truth(tmp_path: Path) -> None:
         ]
         without = {key: value for key, value in box.items() if key != "gt_bbox"} | {"mine": [0.1, 0.1, 0.2, 0.2]}
         assert score(tmp_path, benchmark, [without], truth_key="mine").score == 1
+
+
+@pytest.mark.parametrize(("truth_key", "right"), [(None, False), ("gt_bbox", False), ("bbox", True), ("mine", True)])
+def test_a_named_key_of_screenspot_is_read_as_bbox(truth_key: str | None, right: bool, tmp_path: Path) -> None:
+    """x, y, width, height; only ``gt_bbox`` holds two corners."""
+    boxes = {"gt_bbox": [0, 0, 10, 10], "bbox": [80, 80, 10, 10], "mine": [85, 85, 1, 1]}
+    row = {"response": "[[855, 855]]", "hw": [100, 100], **boxes}
+    assert score(tmp_path, "screenspot", [row], truth_key=truth_key).score == right
+
+
+def test_a_row_without_the_named_key_is_bad(tmp_path: Path) -> None:
+    row = {"answer": "[[0, 0, 500, 500]]", "gt_bbox": [0, 0, 5, 5], "mine": [0, 0, 5, 5], "hw": [10, 10]}
+    rows = [row, {**row, "mine": None}, {**row, "mine": [1, 2]}]
+    missing, short = score(tmp_path, "refcoco", rows, truth_key="mine").bad
+    assert "no truth: none of the keys 'mine'" in missing.detail
+    assert short.detail == "no true box: none of the keys 'mine' holds four numbers"

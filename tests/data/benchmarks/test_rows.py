@@ -1,6 +1,7 @@
 """Reading answer files: their forms, the keys of answers and truths, and every way in which a row can be bad."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,12 @@ def test_an_answer_alone_is_no_truth() -> None:
 def test_annotations_hold_the_truth() -> None:
     joined = row({"answer": "x", "question": "q"}, annotation={"answer": "y", "category": "c"})
     assert (joined.answer(), joined.truths(), joined.text("category")) == ("x", ["y"], "c")
+
+
+def test_nan_is_no_value() -> None:
+    """JSON's NaN, which pandas writes for an empty cell."""
+    found = row({"a": math.nan, "b": "x", "c": math.nan}, annotation={"c": "y", "d": math.nan})
+    assert (found.get("a", "b"), found.text("c"), found.get("d"), found.text("a")) == ("x", "y", None, None)
 
 
 ROWS = [{"question_id": 1, "answer": "a"}, {"question_id": 2, "answer": "b"}]
